@@ -34,7 +34,8 @@ def build_app() -> typer.Typer:
 
 def main() -> None:
     """Run the command line; a QwenError becomes one line on stderr and its exit code."""
-    logging.basicConfig(level=os.environ.get("MEGATRON_QWEN_LOG", "WARNING").upper(), format="%(levelname)s %(name)s: %(message)s")
+    level = os.environ.get("MEGATRON_QWEN_LOG", "WARNING").upper()
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
     try:
         build_app()()
     except QwenError as error:
