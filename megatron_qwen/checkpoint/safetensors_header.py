@@ -13,15 +13,15 @@ object, then the tensors' bytes without gap or overlap up to the end of the file
 
 from __future__ import annotations
 
-import json
 import logging
 import struct
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_qwen.checkpoint.strict_json import kind, listing, parse_strict_json
 from megatron_qwen.errors import CorruptInputError, IncompleteInputError, MismatchError, UnsafeInputError
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,6 @@ SINGLE_NAME = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000  # the cap of the safetensors package
 MAX_INDEX_BYTES = 64 * 2**20  # the index of the largest public models is about 10 MB
 _MAX_INTEGER = 2**63 - 1
-_MAX_LISTED = 20  # names printed in one error message
 
 DTYPE_BITS: Mapping[str, int] = {
     "BOOL": 8,
@@ -177,47 +176,13 @@ def read_index(path: Path) -> dict[str, str]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptInputError(
-            f"{path}: 'weight_map' is {_kind(weight_map)}, expected an object of tensor name -> shard file name"
+            f"{path}: 'weight_map' is {kind(weight_map)}, expected an object of tensor name -> shard file name"
         )
     for name, shard in weight_map.items():
         if not isinstance(shard, str):
-            raise CorruptInputError(f"{path}: tensor {name!r}: shard is {_kind(shard)}, expected a file name")
+            raise CorruptInputError(f"{path}: tensor {name!r}: shard is {kind(shard)}, expected a file name")
         _check_shard_name(path, name, shard)
     return weight_map
-
-
-def parse_strict_json(raw: bytes, path: Path) -> dict[str, Any]:
-    """Parse a JSON object in UTF-8 without duplicate names, NaN, lone surrogates or excessive depth.
-
-    Raises:
-        CorruptInputError: naming `path` and the reason.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        mapping = dict(pairs)
-        if len(mapping) != len(pairs):
-            counts = Counter(name for name, _ in pairs)
-            twice = [name for name, count in counts.items() if count > 1]
-            raise CorruptInputError(f"{path}: JSON names given more than once: {_listing(twice)}")
-        return mapping
-
-    def refuse_constant(text: str) -> NoReturn:
-        raise CorruptInputError(f"{path}: {text} is not JSON")
-
-    try:
-        parsed = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse_constant)
-        json.dumps(parsed, ensure_ascii=False).encode("utf-8")
-    except CorruptInputError:
-        raise
-    except UnicodeError as error:
-        raise CorruptInputError(f"{path}: not valid UTF-8: {error}") from None
-    except RecursionError:
-        raise CorruptInputError(f"{path}: JSON nested too deeply") from None
-    except ValueError as error:
-        raise CorruptInputError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(parsed, dict):
-        raise CorruptInputError(f"{path}: JSON is {_kind(parsed)}, expected an object")
-    return parsed
 
 
 def check_inside(folder: Path, name: str, path: Path) -> None:
@@ -240,7 +205,7 @@ def check_inside(folder: Path, name: str, path: Path) -> None:
 def _parse_entry(path: Path, name: str, info: Any, data_begin: int) -> TensorEntry:
     where = f"{path}: tensor {name!r}"
     if not isinstance(info, dict) or set(info) != {"dtype", "shape", "data_offsets"}:
-        found = sorted(info) if isinstance(info, dict) else _kind(info)
+        found = sorted(info) if isinstance(info, dict) else kind(info)
         raise CorruptInputError(f"{where}: fields {found}, expected dtype, shape and data_offsets")
     dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
@@ -285,7 +250,7 @@ def _check_metadata(path: Path, metadata: Any) -> None:
     if metadata is None:
         return
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CorruptInputError(f"{path}: __metadata__ is {_kind(metadata)}, expected an object of strings")
+        raise CorruptInputError(f"{path}: __metadata__ is {kind(metadata)}, expected an object of strings")
 
 
 def _check_shard_name(path: Path, name: str, shard: str) -> None:
@@ -312,11 +277,11 @@ def _join_shards(
     ]
     if absent:
         raise IncompleteInputError(
-            f"{index_path}: {len(absent)} tensors are missing from the shard the index names: {_listing(absent)}"
+            f"{index_path}: {len(absent)} tensors are missing from the shard the index names: {listing(absent)}"
         )
     if conflicts:
         raise MismatchError(
-            f"{index_path}: index and shards disagree on {len(conflicts)} tensors: {_listing(conflicts)}"
+            f"{index_path}: index and shards disagree on {len(conflicts)} tensors: {listing(conflicts)}"
         )
     return {name: entry for header in headers.values() for name, entry in header.items()}
 
@@ -325,10 +290,10 @@ def _refuse_folder_without_weights(folder: Path) -> NoReturn:
     shards = sorted(path.name for path in folder.glob("*.safetensors"))
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if shards:
-        raise IncompleteInputError(f"{folder}: no {INDEX_NAME} for the shards {_listing(shards)}; fetch the index")
+        raise IncompleteInputError(f"{folder}: no {INDEX_NAME} for the shards {listing(shards)}; fetch the index")
     if pickles:
         raise UnsafeInputError(
-            f"{folder}: only pickle weights ({_listing(pickles)}), which can run code when opened; "
+            f"{folder}: only pickle weights ({listing(pickles)}), which can run code when opened; "
             "save the model as safetensors first"
         )
     raise IncompleteInputError(f"{folder}: neither {SINGLE_NAME} nor {INDEX_NAME} found")
@@ -337,17 +302,8 @@ def _refuse_folder_without_weights(folder: Path) -> NoReturn:
 def _log_unlisted(folder: Path, listed: set[str]) -> None:
     unlisted = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in listed)
     if unlisted:
-        logger.warning("%s: not named by the index and not read: %s", folder, _listing(unlisted))
+        logger.warning("%s: not named by the index and not read: %s", folder, listing(unlisted))
 
 
 def _is_size(value: Any) -> bool:
     return type(value) is int and 0 <= value <= _MAX_INTEGER
-
-
-def _kind(value: Any) -> str:
-    return "missing" if value is None else f"of type {type(value).__name__}"
-
-
-def _listing(names: list[str]) -> str:
-    more = f", and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
-    return ", ".join(names[:_MAX_LISTED]) + more

@@ -1,0 +1,57 @@
+"""JSON from outside, read without the leniency of `json.loads`."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any, NoReturn
+
+from megatron_qwen.errors import CorruptInputError
+
+_MAX_LISTED = 20  # names printed in one error message
+
+
+def parse_strict_json(raw: bytes, path: Path) -> dict[str, Any]:
+    """Parse a JSON object in UTF-8 without duplicate names, NaN, lone surrogates or excessive depth.
+
+    Raises:
+        CorruptInputError: naming `path` and the reason.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        mapping = dict(pairs)
+        if len(mapping) != len(pairs):
+            counts = Counter(name for name, _ in pairs)
+            twice = [name for name, count in counts.items() if count > 1]
+            raise CorruptInputError(f"{path}: JSON names given more than once: {listing(twice)}")
+        return mapping
+
+    def refuse_constant(text: str) -> NoReturn:
+        raise CorruptInputError(f"{path}: {text} is not JSON")
+
+    try:
+        parsed = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse_constant)
+        json.dumps(parsed, ensure_ascii=False).encode("utf-8")
+    except CorruptInputError:
+        raise
+    except UnicodeError as error:
+        raise CorruptInputError(f"{path}: not valid UTF-8: {error}") from None
+    except RecursionError:
+        raise CorruptInputError(f"{path}: JSON nested too deeply") from None
+    except ValueError as error:
+        raise CorruptInputError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(parsed, dict):
+        raise CorruptInputError(f"{path}: JSON is {kind(parsed)}, expected an object")
+    return parsed
+
+
+def kind(value: object) -> str:
+    """Return how an error message calls the type of a JSON value."""
+    return "missing" if value is None else f"of type {type(value).__name__}"
+
+
+def listing(names: list[str]) -> str:
+    """Return the names as one line of an error message, the first twenty and a count of the others."""
+    more = f", and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    return ", ".join(names[:_MAX_LISTED]) + more
