@@ -1,0 +1,104 @@
+"""One whole training step, ours and transformers': forward, backward, gradient clipping, AdamW.
+
+Both start from the same Hugging Face folder, read the same tokens, and step with the same
+hyper-parameters. Each class is built in a process of its own (see `worker.py`).
+
+What each keeps in bf16: ours, bf16 weights and gradients with fp32 masters and moments, as Megatron-Core
+trains; `transformers`, fp32 weights under bf16 autocast, as its Trainer's `bf16=True` does;
+`transformers-bf16`, everything in bf16, which is less work and loses small updates.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+LEARNING_RATE = 1e-4
+BETAS = (0.9, 0.95)
+EPSILON = 1e-8
+WEIGHT_DECAY = 0.1
+CLIP_NORM = 1.0
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Batches:
+    """Endless batches of random tokens, the same for every contestant.
+
+    Args:
+        vocab_size: tokens are drawn from [0, vocab_size).
+        micro_batch_size, seq_length: shape of one batch.
+    """
+
+    def __init__(self, vocab_size: int, micro_batch_size: int, seq_length: int) -> None:
+        self._random = np.random.default_rng(0)
+        self._vocab_size = vocab_size
+        self._shape = (micro_batch_size, seq_length + 1)
+
+    def next(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return tokens and the tokens that follow them, both int64 [B, S]."""
+        text = torch.from_numpy(self._random.integers(0, self._vocab_size, self._shape))
+        return text[:, :-1].contiguous(), text[:, 1:].contiguous()
+
+
+class TransformersStep:
+    """transformers' model with SDPA attention, and the optimizer its Trainer takes by default (fused AdamW)."""
+
+    def __init__(
+        self, *, folder: str, dtype: str, seq_length: int, micro_batch_size: int, flops: float, pure: bool = False
+    ) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.amount, self.flops = float(micro_batch_size * seq_length), flops
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        stored = DTYPES[dtype] if pure else torch.float32
+        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=stored, attn_implementation="sdpa")
+        self._model.to(self._device).train()
+        self._is_moe = self._model.config.model_type == "qwen2_moe"
+        self._autocast = dtype != "fp32" and not pure
+        self._batches = Batches(self._model.config.vocab_size, micro_batch_size, seq_length)
+        decayed = [p for p in self._model.parameters() if p.dim() > 1]
+        others = [p for p in self._model.parameters() if p.dim() <= 1]
+        groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
+        self._optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, eps=EPSILON, fused=True)
+
+    def step(self) -> float:
+        """Train on one batch; returns its language-model loss."""
+        tokens_BS, targets_BS = (each.to(self._device) for each in self._batches.next())
+        options: dict[str, Any] = {"output_router_logits": True} if self._is_moe else {}
+        with torch.autocast(self._device.type, torch.bfloat16) if self._autocast else contextlib.nullcontext():
+            output = self._model(tokens_BS, labels=tokens_BS, shift_labels=targets_BS, use_cache=False, **options)
+        loss = output.loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._model.parameters(), CLIP_NORM)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        if self._is_moe:
+            loss = loss - self._model.config.router_aux_loss_coef * output.aux_loss
+        return float(loss.detach())
+
+
+class TransformersPureStep(TransformersStep):
+    """As TransformersStep, with weights, gradients and moments all in the compute dtype."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments, pure=True)
+
+
+def write_model(folder: Path, source: str, *, layers: int | None, seq_length: int) -> Any:
+    """Write a Hugging Face folder with random weights that every contestant starts from; return its QwenConfig.
+
+    Args:
+        folder: to write.
+        source: "tiny", "tiny-moe", a preset's name, or a Hugging Face folder, of which the configuration is taken.
+        layers: keep this many layers; None keeps all.
+        seq_length: the positions the model must have.
+
+    Raises:
+        ConfigError: `source` is neither, or has fewer positions.
+    """
+    raise AssertionError((folder, source, layers, seq_length))
