@@ -1,0 +1,118 @@
+"""The only file that knows megatron-core versions.
+
+Supported: >=0.16.1,<0.20. pip resolves 0.16.1 on Python below 3.12 and 0.19.x on 3.12 and newer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import sys
+from typing import Any
+
+from packaging.version import Version
+
+from megatron_qwen.errors import ConfigError
+
+OLDEST = Version("0.16.1")
+FIRST_UNSUPPORTED = Version("0.20")
+
+
+@functools.cache
+def megatron_version() -> Version:
+    """Return the version of the installed megatron-core.
+
+    Raises:
+        ConfigError: none is installed, or one outside >=0.16.1,<0.20.
+    """
+    try:
+        version = Version(importlib.metadata.version("megatron-core"))
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ConfigError("megatron-core is not installed; run: pip install 'megatron-core>=0.16.1,<0.20'") from error
+    if not OLDEST <= version < FIRST_UNSUPPORTED:
+        raise ConfigError(
+            f"megatron-core {version} is installed; megatron_qwen supports >={OLDEST},<{FIRST_UNSUPPORTED}. "
+            "Run: pip install 'megatron-core>=0.16.1,<0.20'"
+        )
+    return version
+
+
+def has_transformer_engine() -> bool:
+    """Whether Transformer Engine is installed (not whether it imports)."""
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+def repair_megatron_core() -> None:
+    """Mend what Megatron-Core gets wrong without Transformer Engine, or on CPU tensors. Idempotent.
+
+    Call it after `install_cpu_platform()`, and before a model or an optimizer is built.
+    """
+    megatron_version()
+    _define_te_general_gemm()
+    _dispatch_cpu_tensors()
+    _use_fused_layout_adam()
+
+
+def _define_te_general_gemm() -> None:
+    # 0.16.1 reads te_general_gemm in the router's gating but defines it only if Transformer Engine
+    # is there: NameError in any MoE forward. None selects the torch path that follows it.
+    moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None  # type: ignore[attr-defined]
+
+
+def _dispatch_cpu_tensors() -> None:
+    # The all-to-all dispatcher asks for split sizes as numpy; Megatron-Core converts CUDA tensors only,
+    # and all_to_all_single refuses a tensor there.
+    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    original = dispatcher.maybe_move_tensor_to_cpu
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        tensor = original(tensor, as_numpy, record_stream)
+        return tensor.numpy() if as_numpy and hasattr(tensor, "numpy") else tensor
+
+    dispatcher.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu  # type: ignore[attr-defined]
+
+
+def _use_fused_layout_adam() -> None:
+    # Without Transformer Engine and Apex, DistributedOptimizer's checkpoints do not load (see adam.py).
+    optimizer = importlib.import_module("megatron.core.optimizer")
+    distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+    if optimizer.USING_PYTORCH_OPTIMIZER:
+        from megatron_qwen.parallel.adam import FusedLayoutAdam
+
+        optimizer.Adam = FusedLayoutAdam  # type: ignore[attr-defined]
+        optimizer.USING_PYTORCH_OPTIMIZER = False  # type: ignore[attr-defined]
+        distributed.Adam = FusedLayoutAdam  # type: ignore[attr-defined]
+        distributed.HAVE_APEX_OR_TE = True  # type: ignore[attr-defined]
+        distributed.USING_APEX_OPTIMIZER = True  # type: ignore[attr-defined]
+
+
+def is_megatron_loaded() -> bool:
+    """Whether megatron-core has been imported in this process."""
+    return "megatron.core" in sys.modules
+
+
+def async_save_arguments() -> dict[str, str]:
+    """Keyword arguments that make `TorchDistSaveShardedStrategy.async_save` use Megatron-Core's own writer.
+
+    0.19 takes the writer's name and defaults to that of nvidia-resiliency-ext; 0.16 has no choice.
+    """
+    return {"async_strategy": "mcore"} if megatron_version() >= Version("0.17") else {}
+
+
+def inference_mode() -> contextlib.AbstractContextManager[None]:
+    """Return a context in which Megatron-Core's modules know that they generate text.
+
+    0.19 keeps a process-wide flag and computes logits of the last token only while it is set; 0.16 goes
+    by `model.training` and the inference context.
+    """
+    utils = importlib.import_module("megatron.core.inference.utils")
+    mode = getattr(utils, "InferenceMode", None)
+    return contextlib.nullcontext() if mode is None else mode.active()  # type: ignore[no-any-return]

@@ -1,0 +1,123 @@
+"""Starts and ends a rank's part of the job: process group, Megatron's parallel groups, random streams."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import random
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_qwen import compat
+from megatron_qwen.errors import ConfigError
+from megatron_qwen.parallel.device import communication_backend, current_device, install_cpu_platform
+from megatron_qwen.parallel.layout import ParallelLayout, check_layout
+
+_active: ParallelLayout | None = None
+
+
+def initialize(layout: ParallelLayout, *, seed: int = 1234, timeout_seconds: float = 600) -> ParallelLayout:
+    """Make this process a rank of `layout`.
+
+    Takes rank and world size from torchrun's environment; without one it forms a group of one rank
+    that needs no network. Installs the CPU platform where there is no GPU.
+
+    Args:
+        layout: the parallel sizes.
+        seed: of Python, numpy, torch and Megatron's model-parallel streams (pipeline rank r adds 100 r).
+        timeout_seconds: after which a collective whose peer is gone or stuck fails.
+
+    Returns:
+        The layout with dp filled in.
+
+    Raises:
+        ConfigError: the layout does not fit the world size, or this process already runs another one.
+    """
+    global _active
+    resolved = layout.resolve(int(os.environ.get("WORLD_SIZE", "1")))
+    if _active is not None:
+        if resolved != _active:
+            raise ConfigError(f"this process already runs {_active}; call shutdown() before {resolved}")
+        return resolved
+    check_layout(layout, None, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    install_cpu_platform()
+    compat.repair_megatron_core()
+    _start_process_group(datetime.timedelta(seconds=timeout_seconds))
+    _start_model_parallel(resolved, timeout_seconds)
+    seed_ranks(seed)
+    _active = resolved
+    return resolved
+
+
+def _start_process_group(timeout: datetime.timedelta) -> None:
+    if dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(current_device())
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(communication_backend(), timeout=timeout)
+    else:
+        dist.init_process_group(communication_backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def _start_model_parallel(layout: ParallelLayout, timeout_seconds: float) -> None:
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        distributed_timeout_minutes=timeout_seconds / 60,
+        create_gloo_process_groups=communication_backend() != "gloo",
+    )
+
+
+def seed_ranks(seed: int) -> None:
+    """Seed Python, numpy, torch and Megatron's model-parallel streams of this rank; pipeline rank r adds 100 r."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def shutdown() -> None:
+    """Leave Megatron's groups and the process group; does nothing if none was started."""
+    global _active
+    if dist.is_initialized():
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+    _active = None
+
+
+def rank() -> int:
+    """Return this process's rank; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Return the number of ranks; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_rank_zero() -> bool:
+    """Whether this is the rank that prints and writes the files of which there is one."""
+    return rank() == 0
+
+
+def is_last_stage() -> bool:
+    """Whether this rank holds the last pipeline stage, and with it the loss."""
+    if _active is None or _active.pp == 1:
+        return True
+    from megatron.core import parallel_state
+
+    return bool(parallel_state.get_pipeline_model_parallel_rank() == _active.pp - 1)

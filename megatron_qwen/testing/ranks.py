@@ -1,0 +1,115 @@
+"""Runs a function on several real ranks (gloo or nccl processes) and brings back what each returned."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_qwen.errors import RankFailure
+
+
+def run_ranks(function: Callable[..., Any], nproc: int, *args: Any, timeout: float = 120) -> list[Any]:
+    """Call `function(*args)` in `nproc` fresh processes with torchrun's environment set.
+
+    The ranks meet through a TCP store on a port the system picked; rank 0 serves it.
+
+    Args:
+        function: importable by name (top level of a module); arguments and result must pickle.
+        nproc: number of ranks.
+        args: given to every rank.
+        timeout: seconds until every rank is killed.
+
+    Returns:
+        What each rank returned, by rank.
+
+    Raises:
+        RankFailure: a rank died, or the time ran out.
+        Exception: the one a rank raised first, with that rank's traceback as its cause.
+    """
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        ranks = [
+            context.Process(target=_run_rank, args=(function, args, rank, nproc, folder), name=f"rank {rank}")
+            for rank in range(nproc)
+        ]
+        try:
+            for process in ranks:
+                process.start()
+            _wait(ranks, Path(folder), time.monotonic() + timeout, timeout)
+            return [pickle.loads((Path(folder) / f"{rank}.result").read_bytes()) for rank in range(nproc)]  # noqa: S301
+        finally:
+            for process in ranks:
+                if process.is_alive():
+                    process.kill()
+                process.join()
+                process.close()
+
+
+def _wait(ranks: list[Any], folder: Path, deadline: float, timeout: float) -> None:
+    while True:
+        for rank, process in enumerate(ranks):
+            failure = folder / f"{rank}.error"
+            if failure.exists():
+                error, text = pickle.loads(failure.read_bytes())  # noqa: S301
+                raise error from RankFailure(f"rank {rank} raised:\n{text}")
+            if process.exitcode not in (None, 0):
+                raise RankFailure(f"rank {rank} of {len(ranks)} ended with status {process.exitcode}")
+        if all(process.exitcode == 0 for process in ranks):
+            return
+        if time.monotonic() > deadline:
+            alive = [rank for rank, process in enumerate(ranks) if process.exitcode is None]
+            raise RankFailure(f"ranks {alive} of {len(ranks)} were still running after {timeout:g} s")
+        time.sleep(0.02)
+
+
+def _run_rank(function: Callable[..., Any], args: tuple[Any, ...], rank: int, nproc: int, folder: str) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(nproc), LOCAL_WORLD_SIZE=str(nproc))
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    os.environ["MASTER_PORT"] = _meet(rank, Path(folder))
+    try:
+        outcome, name = pickle.dumps(function(*args)), f"{rank}.result"
+    except BaseException as error:  # carried to the parent, which raises it
+        outcome, name = _pickled_error(error), f"{rank}.error"
+    draft = Path(folder) / f"{name}.part"
+    draft.write_bytes(outcome)
+    draft.rename(Path(folder) / name)
+    if name.endswith(".error"):
+        os._exit(1)
+
+
+_served: list[Any] = []
+
+
+def _meet(rank: int, folder: Path) -> str:
+    """Serve a TCP store on a free port (rank 0) or wait for its number (the others)."""
+    port_file = folder / "port"
+    if rank == 0:
+        import torch.distributed as dist
+
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        _served.append(store)  # serves for as long as it is referenced
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # init_process_group joins it instead of binding again
+        draft = folder / "port.part"
+        draft.write_text(str(store.port))
+        draft.rename(port_file)
+    while not port_file.exists():
+        time.sleep(0.01)
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    return port_file.read_text()
+
+
+def _pickled_error(error: BaseException) -> bytes:
+    text = "".join(traceback.format_exception(error))
+    try:
+        outcome = pickle.dumps((error, text))
+        pickle.loads(outcome)  # noqa: S301
+    except Exception:  # noqa: BLE001 an exception that does not survive pickling travels as text
+        return pickle.dumps((RankFailure(text), text))
+    return outcome
