@@ -276,7 +276,7 @@ class QwenConfig:
         if self.hidden_size % self.num_attention_heads:
             yield f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
         elif self.head_dim % 2:
-            yield f"head size {self.head_dim} (hidden_size / num_attention_heads) is odd; rotary embedding needs an even one"
+            yield f"head size {self.head_dim} (hidden_size / num_attention_heads) is odd; rotary embedding needs it even"
         if self.num_attention_heads % self.num_key_value_heads:
             yield (
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
@@ -291,7 +291,7 @@ class QwenConfig:
         if not self.is_moe:
             extra = [name for name in _MOE_SIZES if getattr(self, name)]
             if extra:
-                yield f"{', '.join(extra)}: set on a dense model (model_type 'qwen2'); use 'qwen2_moe' or leave them out"
+                yield f"{', '.join(extra)}: set on a dense model ('qwen2'); use 'qwen2_moe' or leave them out"
             return
         for name in _MOE_SIZES:
             if not getattr(self, name) > 0:
