@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_qwen import compat
 from megatron_qwen.errors import ConfigError
 from megatron_qwen.parallel.device import communication_backend, current_device, install_cpu_platform
-from megatron_qwen.parallel.layout import ParallelLayout, check_layout
+from megatron_qwen.parallel.layout import ParallelLayout
 
 _active: ParallelLayout | None = None
 
@@ -41,7 +41,6 @@ def initialize(layout: ParallelLayout, *, seed: int = 1234, timeout_seconds: flo
         if resolved != _active:
             raise ConfigError(f"this process already runs {_active}; call shutdown() before {resolved}")
         return resolved
-    check_layout(layout, None, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     install_cpu_platform()
     compat.repair_megatron_core()
     _start_process_group(datetime.timedelta(seconds=timeout_seconds))
@@ -73,7 +72,6 @@ def _start_model_parallel(layout: ParallelLayout, timeout_seconds: float) -> Non
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
         distributed_timeout_minutes=timeout_seconds / 60,
-        create_gloo_process_groups=communication_backend() != "gloo",
     )
 
 

@@ -53,7 +53,9 @@ class ParallelLayout:
         Raises:
             ConfigError: the layout does not fit that number of ranks.
         """
-        check_layout(self, None, world_size=world_size)
+        problems = list(_positive_problems(self, world_size)) or list(_world_problems(self, world_size))
+        if problems:
+            raise _error(problems)
         return dataclasses.replace(self, dp=world_size // self.model_parallel_size)
 
     def layers_per_stage(self, num_layers: int) -> tuple[int, ...]:
@@ -185,13 +187,18 @@ def _not_dividing(name: str, size: int, owner: str, total: int) -> Iterator[str]
         yield f"{name}={size} does not divide {owner}={total}; {_nearest(size, _divisors(total))}"
 
 
-def _positive_problems(layout: ParallelLayout, *counts: int | None) -> Iterator[str]:
-    sizes = dataclasses.asdict(layout)
-    sizes |= dict(zip(("world size", "sequence length", "micro batch size", "global batch size"), counts, strict=True))
+def _positive_problems(
+    layout: ParallelLayout,
+    world_size: int,
+    seq_length: int | None = None,
+    micro_batch_size: int | None = None,
+    global_batch_size: int | None = None,
+) -> Iterator[str]:
+    sizes = {name: getattr(layout, name) for name in ("tp", "pp", "vpp", "ep", "etp", "cp", "dp")}
+    sizes |= {"world size": world_size, "sequence length": seq_length}
+    sizes |= {"micro batch size": micro_batch_size, "global batch size": global_batch_size}
     for name, size in sizes.items():
-        if name in ("sequence_parallel", "pp_layout") or size is None:
-            continue
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             yield f"{name}={size!r} is not a positive whole number; nearest valid: 1"
 
 
@@ -234,6 +241,13 @@ def _model_problems(layout: ParallelLayout, shape: ModelShape, *, training: bool
             f"num_query_groups={groups} does not divide num_attention_heads={shape.num_attention_heads}; "
             f"{_nearest(groups, _divisors(shape.num_attention_heads))}"
         )
+    head_dim = shape.hidden_size // shape.num_attention_heads
+    qkv_rows = (shape.num_attention_heads + 2 * groups) * head_dim
+    if groups < tp and tp % groups == 0:  # the groups are shared out as rows of the fused projection, then gathered
+        yield from _not_dividing("tp", tp, "rows of the query-key-value projection", qkv_rows)
+    if shape.hidden_size % shape.num_attention_heads:
+        near = _nearest(shape.num_attention_heads, _divisors(shape.hidden_size))
+        yield f"num_attention_heads={shape.num_attention_heads} does not divide hidden_size={shape.hidden_size}; {near}"
     yield from _not_dividing("tp", tp, "ffn_hidden_size", shape.ffn_hidden_size)
     yield from _not_dividing("tp", tp, "vocab_size (padded)", shape.vocab_size)
     if shape.num_experts and tp > 1 and not layout.sequence_parallel and training:

@@ -110,6 +110,6 @@ def _pickled_error(error: BaseException) -> bytes:
     try:
         outcome = pickle.dumps((error, text))
         pickle.loads(outcome)  # noqa: S301
-    except Exception:  # noqa: BLE001 an exception that does not survive pickling travels as text
+    except Exception:  # an exception may refuse pickling in any way; its text then travels alone
         return pickle.dumps((RankFailure(text), text))
     return outcome
