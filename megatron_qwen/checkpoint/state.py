@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.metadata
+import json
 import logging
 import platform
 import random
@@ -72,12 +73,15 @@ def run_record(*, identity: Mapping[str, Any], layout: ParallelLayout) -> dict[s
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    return {
+    record = {
         "identity": dict(identity),
         "layout": dataclasses.asdict(layout),
         "versions": versions,
         "device": device_name(),
     }
+    # As it will come back from the file, tuples as lists, so that the two compare equal.
+    normalized: dict[str, Any] = json.loads(json.dumps(record, allow_nan=False))
+    return normalized
 
 
 def check_same_run(
@@ -290,11 +294,11 @@ def _sharded_rng(states: dict[str, Any] | None) -> Any:
 
 
 def _differences(path: str, saved: Any, present: Any) -> list[str]:
-    """Return one line per leaf in which two JSON values differ, tuples being lists."""
+    """Return one line per leaf in which two JSON values differ."""
     if isinstance(saved, Mapping) and isinstance(present, Mapping):
         names = [*saved, *(name for name in present if name not in saved)]
         return [line for name in names for line in _differences(f"{path}.{name}", saved.get(name), present.get(name))]
-    if isinstance(saved, (list, tuple)) and isinstance(present, (list, tuple)) and len(saved) == len(present):
+    if isinstance(saved, list) and isinstance(present, list) and len(saved) == len(present):
         pairs = enumerate(zip(saved, present, strict=True))
         return [line for index, (old, new) in pairs for line in _differences(f"{path}[{index}]", old, new)]
     return [] if saved == present else [f"{path}: saved {saved!r}, now {present!r}"]
