@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from megatron_qwen.errors import ConfigError
+
 
 class FusedLayoutAdam(torch.optim.Optimizer):
     """Adam or AdamW; `step` lives in the group, `exp_avg` and `exp_avg_sq` in each parameter's state.
@@ -25,6 +27,11 @@ class FusedLayoutAdam(torch.optim.Optimizer):
         eps: added to the square root of the second moment.
         adam_w_mode: decoupled weight decay (Loshchilov and Hutter, arXiv:1711.05101).
         bias_correction: divide the moments by 1 - beta^step (Kingma and Ba, arXiv:1412.6980).
+        capturable: step inside a CUDA graph; not supported.
+        precision_aware: arguments of Megatron's precision-aware optimizer; not supported.
+
+    Raises:
+        ConfigError: an argument that is not supported.
     """
 
     def __init__(
@@ -36,7 +43,14 @@ class FusedLayoutAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         adam_w_mode: bool = True,
         bias_correction: bool = True,
+        capturable: bool = False,
+        **precision_aware: Any,
     ) -> None:
+        if capturable or precision_aware:
+            asked = ", ".join(sorted(precision_aware) + ["capturable"] * capturable)
+            raise ConfigError(
+                f"optimizer: {asked}: only Transformer Engine's FusedAdam can do that, and it is not installed"
+            )
         super().__init__(
             params,
             {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "bias_correction": bias_correction},

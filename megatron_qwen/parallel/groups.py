@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import os
 import random
@@ -53,6 +54,7 @@ def initialize(layout: ParallelLayout, *, seed: int = 1234, timeout_seconds: flo
 def _start_process_group(timeout: datetime.timedelta) -> None:
     if dist.is_initialized():
         return
+    atexit.register(shutdown)  # the backend's threads must end before the interpreter does
     if torch.cuda.is_available():
         torch.cuda.set_device(current_device())
     if "WORLD_SIZE" in os.environ:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import sys
 import tempfile
 import time
 import traceback
@@ -81,7 +82,8 @@ def _run_rank(function: Callable[..., Any], args: tuple[Any, ...], rank: int, np
     draft.write_bytes(outcome)
     draft.rename(Path(folder) / name)
     if name.endswith(".error"):
-        os._exit(1)
+        os._exit(1)  # peers may be stuck in a collective: an orderly end could wait for them
+    _leave()
 
 
 _served: list[Any] = []
@@ -103,6 +105,14 @@ def _meet(rank: int, folder: Path) -> str:
         time.sleep(0.01)
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     return port_file.read_text()
+
+
+def _leave() -> None:
+    # Gloo's threads must not outlive the interpreter ("terminate called without an active exception").
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_initialized():
+        dist.destroy_process_group()
+    _served.clear()
 
 
 def _pickled_error(error: BaseException) -> bytes:
