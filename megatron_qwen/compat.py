@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from packaging.version import Version
@@ -116,3 +117,54 @@ def inference_mode() -> contextlib.AbstractContextManager[None]:
     utils = importlib.import_module("megatron.core.inference.utils")
     mode = getattr(utils, "InferenceMode", None)
     return contextlib.nullcontext() if mode is None else mode.active()  # type: ignore[no-any-return]
+
+
+def aux_loss_gradient_factor(tp: int, cp: int) -> int:
+    """Return what the MoE aux-loss coefficient must be multiplied by under `calculate_per_token_loss`.
+
+    There the router multiplies the aux loss by its local tokens, to undo the later division by all tokens. 0.16.1
+    forgets that sequence and context parallel ranks hold 1/(tp*cp) of the tokens each, and their gradients come out
+    that much too small; fixed by 0.19. The reported value divides by the coefficient and is not affected.
+    """
+    return tp * cp if megatron_version() < Version("0.17") else 1
+
+
+def take_moe_aux_losses() -> Any:
+    """Return this rank's aux losses since the last call, per layer (1-D float tensor), and reset them.
+
+    They are summed over micro-batches, without the coefficient, and not reduced over any rank. A rank that holds no
+    MoE layer, or a dense model, gets a tensor of one zero.
+    """
+    import torch
+
+    moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    if importlib.util.find_spec("megatron.core.transformer.moe.moe_logging") is not None:
+        logging_module = importlib.import_module("megatron.core.transformer.moe.moe_logging")
+        values = [entry.values for entry in logging_module.get_moe_metrics_tracker().metrics.values()]
+    else:
+        values = [entry["values"] for entry in moe_utils.get_moe_layer_wise_logging_tracker().values()]
+    if not values:
+        return torch.zeros(1)
+    total = torch.stack(values).sum(dim=0)
+    for tensor in values:
+        tensor.zero_()
+    return total
+
+
+def repair_expert_grad_norm(optimizers: Sequence[Any]) -> None:
+    """Let the gradient norm count every expert under TP x EP (Megatron-LM issue 5916).
+
+    0.16.1 takes a parameter that is not split over TP as one that TP ranks above 0 hold again, and leaves it out of
+    the norm there. Experts that are not split over TP (etp 1) are different ones on each of those ranks. Fixed in
+    0.19, which asks the experts' own TP group; here the optimizers of experts get that group.
+
+    Args:
+        optimizers: the members of Megatron's ChainedOptimizer; each holds experts only or none.
+    """
+    from megatron.core import parallel_state
+
+    if megatron_version() >= Version("0.17"):
+        return
+    for optimizer in optimizers:
+        if any(group.get("is_expert_parallel") for group in optimizer.param_groups):
+            optimizer.tp_group = parallel_state.get_expert_tensor_parallel_group()
