@@ -53,6 +53,7 @@ CASES = (
         contestants=(
             Contestant(name="megatron_qwen", factory=f"{_CASES}.train_step:MegatronStep"),
             Contestant(name="transformers", factory=f"{_CASES}.train_step:TransformersStep"),
+            Contestant(name="transformers-bf16", factory=f"{_CASES}.train_step:TransformersPureStep"),
             Contestant(name="gemm", factory=f"{_CASES}.gemm:Gemm", is_ceiling=True),
         ),
         # Losses of the same weights on the same tokens; they drift apart as training amplifies rounding.

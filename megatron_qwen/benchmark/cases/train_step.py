@@ -45,6 +45,57 @@ class Batches:
         return text[:, :-1].contiguous(), text[:, 1:].contiguous()
 
 
+class MegatronStep:
+    """Our training step: the parts that `megatron-qwen train pretrain` puts together, on one rank."""
+
+    def __init__(self, *, folder: str, dtype: str, seq_length: int, micro_batch_size: int, flops: float) -> None:
+        from megatron_qwen.conversion.run import load_weights_into
+        from megatron_qwen.model.build import build_model_chunks
+        from megatron_qwen.model.config import QwenConfig
+        from megatron_qwen.parallel import groups
+        from megatron_qwen.parallel.device import current_device
+        from megatron_qwen.parallel.layout import ParallelLayout
+        from megatron_qwen.training.optim import build_optimizer, wrap_chunks
+        from megatron_qwen.training.recipe import ModelRecipe, OptimizerRecipe, Recipe, ScheduleRecipe
+        from megatron_qwen.training.step import TrainStep
+
+        self.amount, self.flops = float(micro_batch_size * seq_length), flops
+        recipe = Recipe(
+            model=ModelRecipe(source=folder, seq_length=seq_length, dtype=dtype),
+            optimizer=OptimizerRecipe(
+                lr=LEARNING_RATE,
+                beta1=BETAS[0],
+                beta2=BETAS[1],
+                eps=EPSILON,
+                weight_decay=WEIGHT_DECAY,
+                clip_grad=CLIP_NORM,
+            ),
+            schedule=ScheduleRecipe(micro_batch_size=micro_batch_size, global_batch_size=micro_batch_size),
+        )
+        layout = groups.initialize(ParallelLayout())
+        config = QwenConfig.from_hf(folder)
+        chunks = build_model_chunks(config, layout, dtype=DTYPES[dtype])
+        load_weights_into(chunks, Path(folder), config)
+        wrapped = wrap_chunks(recipe, chunks)
+        optimizer = build_optimizer(recipe, wrapped)
+        self._step = TrainStep(
+            config, wrapped, optimizer, seq_length=seq_length, micro_batch_size=micro_batch_size, num_microbatches=1
+        )
+        self._batches = Batches(config.vocab_size, micro_batch_size, seq_length)
+        self._device = current_device()
+
+    def step(self) -> float:
+        """Train on one batch; returns its language-model loss."""
+        tokens_BS, targets_BS = self._batches.next()
+        microbatch = {
+            "tokens": tokens_BS,
+            "labels": targets_BS,
+            "loss_mask": torch.ones(tokens_BS.shape),
+            "position_ids": torch.arange(tokens_BS.size(1)).expand_as(tokens_BS),
+        }
+        return self._step.train([microbatch]).loss
+
+
 class TransformersStep:
     """transformers' model with SDPA attention, and the optimizer its Trainer takes by default (fused AdamW)."""
 
@@ -87,18 +138,3 @@ class TransformersPureStep(TransformersStep):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments, pure=True)
-
-
-def write_model(folder: Path, source: str, *, layers: int | None, seq_length: int) -> Any:
-    """Write a Hugging Face folder with random weights that every contestant starts from; return its QwenConfig.
-
-    Args:
-        folder: to write.
-        source: "tiny", "tiny-moe", a preset's name, or a Hugging Face folder, of which the configuration is taken.
-        layers: keep this many layers; None keeps all.
-        seq_length: the positions the model must have.
-
-    Raises:
-        ConfigError: `source` is neither, or has fewer positions.
-    """
-    raise AssertionError((folder, source, layers, seq_length))

@@ -1,0 +1,122 @@
+"""`megatron-qwen bench`: how fast we are, measured in turn with what a user would otherwise run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from megatron_qwen.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_qwen.benchmark.report import Report
+
+DTYPES = ("fp32", "bf16")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb `bench` with one command per case."""
+    bench = typer.Typer(
+        help="Benchmarks; contestants are stepped in turn, each in a process of its own.", no_args_is_help=True
+    )
+    bench.command("train")(train)
+    app.add_typer(bench, name="bench")
+
+
+def train(
+    model: Annotated[
+        str, typer.Option(help="tiny, tiny-moe, small, small-moe, a preset, or a Hugging Face folder.")
+    ] = "small",
+    layers: Annotated[int | None, typer.Option(help="Keep this many layers. [default: all]")] = None,
+    seq_length: Annotated[int, typer.Option(help="Tokens per sample.")] = 512,
+    micro_batch_size: Annotated[int, typer.Option(help="Samples per step.")] = 1,
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    threads: Annotated[int | None, typer.Option(help="Threads of each contestant. [default: all cores]")] = None,
+    vs: Annotated[list[str] | None, typer.Option(help="transformers, transformers-bf16; may be given again.")] = None,
+    steps: Annotated[int, typer.Option(help="Measured steps of each contestant.")] = 10,
+    warmup: Annotated[int, typer.Option(help="Steps of each contestant before measuring.")] = 2,
+    out: Annotated[Path | None, typer.Option(help="Folder for train.json, train.csv (appended) and train.png.")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Time whole training steps: forward, backward, gradient clipping, AdamW."""
+    from megatron_qwen.benchmark.cases.model_folder import find_config, write_model
+    from megatron_qwen.model.flops import train_flops_per_token
+
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype: got {dtype!r}, expected one of {DTYPES}")
+    for name, value in (
+        ("--seq-length", seq_length),
+        ("--micro-batch-size", micro_batch_size),
+        ("--threads", threads or 1),
+    ):
+        if value < 1:
+            raise ConfigError(f"{name}: got {value}, expected at least 1")
+    config = find_config(model, layers=layers, seq_length=seq_length)
+    setting = {
+        "model": model,
+        "layers": config.num_hidden_layers,
+        "hidden": config.hidden_size,
+        "seq": seq_length,
+        "batch": micro_batch_size,
+        "dtype": dtype,
+        "threads": threads or "all",
+        "flops": "causal, 6 per weight and token",
+    }
+    flops = train_flops_per_token(config, seq_length, causal=True) * seq_length * micro_batch_size
+    with TemporaryDirectory(prefix="qwen-bench-") as scratch:
+        arguments = {
+            "folder": str(write_model(Path(scratch) / "model", config)),
+            "dtype": dtype,
+            "seq_length": seq_length,
+            "micro_batch_size": micro_batch_size,
+            "flops": flops,
+        }
+        report = _measure("train", arguments, setting, vs or [], threads, warmup, steps)
+    _show(report, out, json_output)
+
+
+def _measure(
+    name: str,
+    arguments: Mapping[str, Any],
+    setting: Mapping[str, Any],
+    versus: Sequence[str],
+    threads: int | None,
+    warmup: int,
+    rounds: int,
+) -> Report:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from megatron_qwen.benchmark.registry import find_case
+    from megatron_qwen.benchmark.run import run_case
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(f"bench {name}", total=warmup + rounds)
+        return run_case(
+            find_case(name),
+            arguments,
+            setting,
+            versus=versus,
+            threads=threads,
+            warmup=warmup,
+            rounds=rounds,
+            on_round=lambda done: progress.update(task, completed=done),
+        )
+
+
+def _show(report: Report, out: Path | None, as_json: bool) -> None:
+    from rich.console import Console
+
+    from megatron_qwen.benchmark.report import table, write_report
+
+    if as_json:
+        sys.stdout.write(report.as_json() + "\n")
+    else:
+        Console().print(table(report))
+    if out is not None:
+        files = write_report(report, out)
+        Console(stderr=True).print("wrote " + ", ".join(str(file) for file in files), highlight=False)
