@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -138,8 +139,8 @@ class CheckpointStore:
         """Verify a step to `level` and return what is wrong with it; ranks share the reading. Collective."""
         if folder in self._verified:
             return []
-        if sizes := agreement.from_rank_zero(lambda: manifest.verify(folder, "sizes")):
-            return sizes
+        if quick := agreement.from_rank_zero(lambda: _quick_problems(folder)):
+            return quick
         if self.level == "full":
 
             def verify_share() -> list[str]:
@@ -244,13 +245,14 @@ class CheckpointStore:
         failpoints.hit("save.tracked")
 
     def _candidates(self) -> list[tuple[int, Path]]:
-        """Return the steps, last saved first; steps that we cannot date come last, by number."""
+        """Return the steps, last saved first; before them those without a readable record, which will not verify."""
         folders = [path for path in self.root.glob("iter_*") if path.name[5:].isdecimal() and path.is_dir()]
         steps = [(_serial(path), int(path.name[5:]), path) for path in folders]
         return [(step, path) for _, step, path in sorted(steps, reverse=True)]
 
     def _next_serial(self) -> int:
-        return 1 + max((_serial(path) for _, path in self._candidates()), default=0)
+        serials = [_serial(path) for _, path in self._candidates()]
+        return 1 + max((int(serial) for serial in serials if math.isfinite(serial)), default=0)
 
     def _compare_tracker(self, step: int) -> None:
         tracker = self.root / TRACKER_NAME
@@ -264,7 +266,7 @@ class CheckpointStore:
     def _delete_old(self, newest: Path) -> None:
         if self.keep_last is None:
             return
-        valid = [path for _, path in self._candidates() if path == newest or not manifest.verify(path, "sizes")]
+        valid = [path for _, path in self._candidates() if path == newest or not _quick_problems(path)]
         assert newest in valid, (newest, valid)
         for path in valid[self.keep_last :]:
             if path == newest:
@@ -336,9 +338,19 @@ def _read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _serial(folder: Path) -> int:
+def _serial(folder: Path) -> float:
     try:
-        serial: int = _read_record(folder)["serial"]
+        serial: float = _read_record(folder)["serial"]
     except (IncompleteInputError, CorruptInputError, OSError):
-        return -1
+        return math.inf
     return serial
+
+
+def _quick_problems(folder: Path) -> list[str]:
+    if problems := manifest.verify(folder, "sizes"):
+        return problems
+    try:
+        _read_record(folder)
+    except (IncompleteInputError, CorruptInputError, OSError) as error:
+        return [str(error)]
+    return []

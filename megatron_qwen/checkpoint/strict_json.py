@@ -31,7 +31,9 @@ def parse_strict_json(raw: bytes, path: Path) -> dict[str, Any]:
         raise CorruptInputError(f"{path}: {text} is not JSON")
 
     try:
-        parsed = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse_constant)
+        parsed = json.loads(
+            raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse_constant, parse_int=_parse_integer
+        )
         json.dumps(parsed, ensure_ascii=False).encode("utf-8")
     except CorruptInputError:
         raise
@@ -44,6 +46,11 @@ def parse_strict_json(raw: bytes, path: Path) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise CorruptInputError(f"{path}: JSON is {kind(parsed)}, expected an object")
     return parsed
+
+
+def _parse_integer(text: str) -> int | float:
+    # JSON readers in other languages read -0 as a floating point number; so do we, and sizes refuse it.
+    return -0.0 if text == "-0" else int(text)
 
 
 def kind(value: object) -> str:

@@ -29,9 +29,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_qwen import compat
+from megatron_qwen.checkpoint import agreement
 from megatron_qwen.checkpoint.pickles import check_pickles, read_metadata
 from megatron_qwen.checkpoint.strict_json import listing
-from megatron_qwen.errors import MismatchError, StorageError
+from megatron_qwen.errors import CorruptInputError, MismatchError, StorageError
 from megatron_qwen.testing import failpoints
 
 failpoints.register("save.planned", "the ranks agreed who writes what; this rank has written nothing")
@@ -118,11 +119,15 @@ def load_sharded(
         IncompleteInputError, CorruptInputError: the folder is not a complete checkpoint.
     """
     wanted = _flatten(sharded_state)
-    metadata = read_metadata(folder)
-    check_pickles(folder, metadata, [item.unique_key for item in wanted if isinstance(item, ShardedObject)])
-    lacks_extra_state = _compare_names(wanted, metadata, folder, partial)
-    if not allow_cast:
-        _compare_dtypes(wanted, metadata, folder)
+
+    def inspect() -> tuple[set[str], set[str]]:
+        metadata = read_metadata(folder)
+        check_pickles(folder, metadata, [item.unique_key for item in wanted if isinstance(item, ShardedObject)])
+        _compare_tensors(wanted, metadata, folder, allow_cast)
+        return {_stored_name(item) for item in wanted}, set(metadata.state_dict_metadata)
+
+    answers = agreement.gather(inspect, f"cannot load {folder}")
+    lacks_extra_state = _compare_names(set().union(*(asked for asked, _ in answers)), answers[0][1], folder, partial)
     strategy = TorchDistLoadShardedStrategy()
     if fully_parallel:
         strategy = FullyParallelLoadStrategyWrapper(strategy, _replica_group())
@@ -131,6 +136,9 @@ def load_sharded(
         loaded: dict[str, Any] = dist_checkpointing.load(sharded_state, str(folder), strategy, strict=strict)
     except CheckpointingException as error:
         raise MismatchError(f"{folder}: {error}") from error
+    except CheckpointException as error:
+        causes = [f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items()]
+        raise CorruptInputError(f"{folder}: reading failed: {'; '.join(causes)}") from error
     return loaded
 
 
@@ -175,11 +183,8 @@ def _flatten(sharded_state: dict[str, Any]) -> list[Any]:
     return [item for item in nested_values(copy) if isinstance(item, (ShardedTensor, ShardedObject))]
 
 
-def _compare_names(wanted: list[Any], metadata: Metadata, folder: Path, partial: bool) -> bool:
+def _compare_names(asked: set[str], stored: set[str], folder: Path, partial: bool) -> bool:
     """Compare what all ranks ask for with the index; return whether Transformer Engine's extra states are absent."""
-    gathered: list[set[str]] = [set()] * dist.get_world_size()
-    dist.all_gather_object(gathered, {_stored_name(item) for item in wanted})
-    asked, stored = set().union(*gathered), set(metadata.state_dict_metadata)
     absent = sorted(asked - stored)
     left = [] if partial else sorted(name for name in stored - asked if not name.startswith(PER_RANK_PREFIXES))
     # A folder written without Transformer Engine has no extra states, one written with it has some we do not need.
@@ -193,14 +198,20 @@ def _compare_names(wanted: list[Any], metadata: Metadata, folder: Path, partial:
     return bool(absent)
 
 
-def _compare_dtypes(wanted: list[Any], metadata: Metadata, folder: Path) -> None:
+def _compare_tensors(wanted: list[Any], metadata: Metadata, folder: Path, allow_cast: bool) -> None:
+    """Compare shapes and dtypes of this rank's tensors with the index; reading would cast without a word."""
     for item in wanted:
         entry = metadata.state_dict_metadata.get(_stored_name(item))
         if not isinstance(item, ShardedTensor) or not isinstance(entry, TensorStorageMetadata):
             continue
         found: torch.dtype = entry.properties.dtype
-        if found != item.dtype:
+        if found != item.dtype and not allow_cast:
             raise MismatchError(f"{folder}: {item.key} is stored as {found}, expected {item.dtype}; use that precision")
+        if tuple(entry.size) != tuple(item.global_shape) and not item.allow_shape_mismatch:
+            raise MismatchError(
+                f"{folder}: {item.key} has shape {tuple(entry.size)}, expected {tuple(item.global_shape)} from the "
+                "model configuration; the two are of different models"
+            )
 
 
 def _stored_name(item: Any) -> str:

@@ -75,6 +75,16 @@ def hit(name: str) -> None:
         raise FailPointError(f"fail point {name}")
 
 
+def arm(text: str | None) -> None:
+    """Arm as the environment variable does, from now on and in this process; None disarms.
+
+    Raises:
+        ConfigError: the text is not name:nth:action[:rank].
+    """
+    global _armed
+    _armed = _parse(text)
+
+
 def _parse(text: str | None) -> _Armed | None:
     if not text:
         return None

@@ -45,4 +45,4 @@ def test_a_rank_can_be_named() -> None:
 @pytest.mark.parametrize("text", ["one", "one:1", "one:0:kill", "one:x:kill", "one:1:explode", "one:1:kill:0:1"])
 def test_misspelt_variable_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="expected name:nth:action"):
-        failpoints._parse(text)
+        failpoints.arm(text)

@@ -113,6 +113,7 @@ HEADER_FAULTS = {
     "negative size": ({"a": entry(shape=[-4])}, b"1234", r"'a': shape \[-4\]"),
     "bool size": ({"a": entry(shape=[True], end=1)}, b"1", r"'a': shape \[True\]"),
     "float size": ({"a": entry(shape=[4.0])}, b"1234", r"'a': shape \[4.0\]"),
+    "negative zero": (b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[-0,4]}}', b"1234", "'a': data_offsets"),
     "shape overflow": ({"a": entry(shape=[2**40, 2**40])}, b"1234", "'a': .* more than 2\\^63-1"),
     "reversed": ({"a": entry(begin=4, end=0)}, b"1234", "'a': data_offsets"),
     "three offsets": ({"a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4, 4]}}, b"1234", "two integers"),

@@ -1,0 +1,70 @@
+"""Ranks that may die: forked from a warm server in some 50 ms, where `run_ranks` takes seconds to import."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_qwen.testing.ranks import _run_rank
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one rank ended.
+
+    Attributes:
+        status: 0 returned, 1 raised, -9 killed by SIGKILL, None still running when the time was up (then killed).
+        result: what the function returned.
+        error: what it raised.
+    """
+
+    status: int | None
+    result: Any = None
+    error: BaseException | None = None
+
+
+def run_forked(function: Callable[..., Any], nproc: int, *args: Any, timeout: float = 60) -> list[Outcome]:
+    """Call `function(*args)` on `nproc` ranks and return how each ended, by rank.
+
+    The ranks find torchrun's environment set, and Megatron imported on the CPU platform. They inherit the environment
+    of this process as it was at the first call.
+
+    Args:
+        function: importable by name (top level of a module); arguments and result must pickle.
+        nproc: number of ranks.
+        args: given to every rank.
+        timeout: seconds until ranks that still run are killed.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["megatron_qwen.testing.warm"])
+    with tempfile.TemporaryDirectory(prefix="forked-") as folder:
+        ranks = [
+            context.Process(target=_run_rank, args=(function, args, rank, nproc, folder), name=f"rank {rank}")
+            for rank in range(nproc)
+        ]
+        for process in ranks:
+            process.start()
+        deadline = time.monotonic() + timeout
+        outcomes = []
+        for rank, process in enumerate(ranks):
+            process.join(max(0.0, deadline - time.monotonic()))
+            outcomes.append(_outcome(Path(folder), rank, process.exitcode))
+        for process in ranks:
+            process.kill()
+            process.join()
+            process.close()
+        return outcomes
+
+
+def _outcome(folder: Path, rank: int, status: int | None) -> Outcome:
+    if status == 0:
+        return Outcome(0, result=pickle.loads((folder / f"{rank}.result").read_bytes()))  # noqa: S301
+    error_file = folder / f"{rank}.error"
+    error = pickle.loads(error_file.read_bytes())[0] if error_file.exists() else None  # noqa: S301
+    return Outcome(status, error=error)
