@@ -13,10 +13,10 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from torch.nn import functional
 
 from megatron_qwen.errors import ConfigError
 
@@ -75,7 +75,8 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]  # megatron-core is u
 
         Args:
             query: [S, B, N, D], or [S, N, D] packed.
-            key, value: [T, B, G, D], or [T, G, D] packed; T >= S with a key-value cache.
+            key: [T, B, G, D], or [T, G, D] packed; T >= S with a key-value cache.
+            value: as key.
             attention_mask: bool, True where a query must not see a key, broadcastable to [B, N, S, T];
                 it is the whole mask. None: the last query sees every key, and earlier ones fewer, if causal.
             attn_mask_type: not used. Megatron says "no mask" once there is a cache, meaning one new
@@ -93,18 +94,21 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]  # megatron-core is u
             raise ConfigError("attention bias is not supported by the local backend; use backend 'te'")
         if packed_seq_params is not None and query.dim() == 3:
             return self._packed(query, key, value, packed_seq_params)
-        out_BNSD = self._attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)), attention_mask)
+        q_BNSD, k_BGTD, v_BGTD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        out_BNSD = self._attend(q_BNSD, k_BGTD, v_BGTD, attention_mask)
         return out_BNSD.permute(2, 0, 1, 3).flatten(2)
 
     def _packed(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSeqParams
     ) -> torch.Tensor:
         # One call per sequence: neither a [S, T] mask nor a token of another sequence is ever touched.
-        queries = packed.cu_seqlens_q.diff().tolist()
-        keys = packed.cu_seqlens_kv.diff().tolist()
-        parts = zip(query.split(queries), key.split(keys), value.split(keys), strict=True)
-        outs = [self._attend(*(x.transpose(0, 1)[None] for x in part), None)[0].transpose(0, 1) for part in parts]
-        return torch.cat(outs).flatten(1)
+        query_bounds, key_bounds = packed.cu_seqlens_q.tolist(), packed.cu_seqlens_kv.tolist()
+        outs = []
+        for q, q_end, k, k_end in zip(query_bounds, query_bounds[1:], key_bounds, key_bounds[1:], strict=False):
+            parts = query[q:q_end], key[k:k_end], value[k:k_end]
+            q_BNSD, k_BGTD, v_BGTD = (x.transpose(0, 1).unsqueeze(0) for x in parts)
+            outs.append(self._attend(q_BNSD, k_BGTD, v_BGTD, None)[0].transpose(0, 1).flatten(1))
+        return torch.cat(outs)
 
     def _attend(
         self, q_BNSD: torch.Tensor, k_BGTD: torch.Tensor, v_BGTD: torch.Tensor, attention_mask: torch.Tensor | None
@@ -118,7 +122,7 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]  # megatron-core is u
             is_causal = False
         dropout = self.dropout if self.training else 0.0
         with self._dropout_stream() if dropout else contextlib.nullcontext():
-            return F.scaled_dot_product_attention(
+            return functional.scaled_dot_product_attention(
                 q_BNSD, k_BGTD, v_BGTD, attn_mask=allowed, dropout_p=dropout, is_causal=is_causal,
                 scale=self.softmax_scale, enable_gqa=q_BNSD.shape[1] != k_BGTD.shape[1],
             )  # fmt: skip

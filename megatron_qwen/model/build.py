@@ -41,8 +41,8 @@ def build_model(
         layout: parallel sizes; those of the running parallel state by default.
         dtype: of every parameter.
         backend: "auto", "te" or "local"; see `spec.resolve_backend`.
-        pre_process, post_process: whether this part holds the embedding, and final norm and output
-            layer; by default what the pipeline rank and vp_stage say.
+        pre_process: whether this part holds the embedding; by default as pipeline rank and vp_stage say.
+        post_process: likewise for the final norm and the output layer.
         vp_stage: virtual pipeline stage, with interleaving.
         parallel_output: leave logits split along the vocabulary between tensor-parallel ranks.
         device: where the parameters are; this rank's device by default; "meta" allocates nothing.
@@ -57,7 +57,9 @@ def build_model(
             override, or a backend that is not installed.
     """
     layout = _enter(layout)
-    overrides = {"transformer_impl": "transformer_engine" if resolve_backend(backend) == "te" else "local"}
+    overrides: dict[str, Any] = {
+        "transformer_impl": "transformer_engine" if resolve_backend(backend) == "te" else "local"
+    }
     on_meta = device is not None and torch.device(device).type == "meta"
     if on_meta:
         # Initialising is what costs: the layers then allocate without naming a device, so that meta is taken.
@@ -117,7 +119,7 @@ def _enter(layout: ParallelLayout | None) -> ParallelLayout:
     return layout
 
 
-def _running_sizes() -> dict[str, int]:
+def _running_sizes() -> dict[str, Any]:
     return {
         "tp": parallel_state.get_tensor_model_parallel_world_size(),
         "pp": parallel_state.get_pipeline_model_parallel_world_size(),

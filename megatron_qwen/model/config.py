@@ -276,7 +276,7 @@ class QwenConfig:
         if self.hidden_size % self.num_attention_heads:
             yield f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
         elif self.head_dim % 2:
-            yield f"head size {self.head_dim} (hidden_size / num_attention_heads) is odd; rotary embedding needs it even"
+            yield f"head size {self.head_dim} (hidden_size / num_attention_heads) is odd; RoPE needs it even"
         if self.num_attention_heads % self.num_key_value_heads:
             yield (
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "

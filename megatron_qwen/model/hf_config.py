@@ -97,10 +97,11 @@ def config_from_hf(source: str | Path | Mapping[str, Any]) -> QwenConfig:
     where, content = ("config", dict(source)) if isinstance(source, Mapping) else _read_json(Path(source))
     _require_supported_architecture(where, content)
     is_moe = content["model_type"] == "qwen2_moe"
-    rope_theta, rope_scaling = _read_rope(where, content)
-    _require_all_present(where, content, _REQUIRED + (_REQUIRED_MOE if is_moe else ()), rope_theta)
+    given_theta, rope_scaling = _read_rope(where, content)
+    required = _REQUIRED + (_REQUIRED_MOE if is_moe else ())
+    rope_theta = _require_all_present(where, content, required, given_theta)
     _require_supported_switches(where, content)
-    values: dict[str, Any] = {name: content[name] for name in _REQUIRED + (_REQUIRED_MOE if is_moe else ())}
+    values: dict[str, Any] = {name: content[name] for name in required}
     values |= _with_defaults(where, content, _DEFAULTS | (_DEFAULTS_MOE if is_moe else {}))
     if values["num_key_value_heads"] is None:
         values["num_key_value_heads"] = values["num_attention_heads"]
@@ -182,12 +183,14 @@ def _require_supported_architecture(where: str, content: Mapping[str, Any]) -> N
 
 def _require_all_present(
     where: str, content: Mapping[str, Any], names: tuple[str, ...], rope_theta: float | None
-) -> None:
+) -> float:
     missing = [name for name in names if name not in content]
     if rope_theta is None:
         missing.append("rope_theta (or rope_parameters.rope_theta)")
     if missing:
         raise ConfigError(f"{where}: missing {', '.join(missing)}; take the values from the original checkpoint")
+    assert rope_theta is not None
+    return rope_theta
 
 
 def _require_supported_switches(where: str, content: Mapping[str, Any]) -> None:
@@ -199,9 +202,9 @@ def _require_supported_switches(where: str, content: Mapping[str, Any]) -> None:
     kinds = set(content.get("layer_types") or ()) - {"full_attention"}
     if kinds:
         problems.append(f"layer_types contains {sorted(kinds)}: supported is 'full_attention' in every layer")
-    sizes = content.get("hidden_size"), content.get("num_attention_heads"), content.get("head_dim")
-    if all(isinstance(size, int) and size > 0 for size in sizes) and sizes[0] != sizes[1] * sizes[2]:
-        problems.append(f"head_dim {sizes[2]} is not hidden_size / num_attention_heads = {sizes[0]} / {sizes[1]}")
+    hidden, heads, head_dim = (content.get(name) for name in ("hidden_size", "num_attention_heads", "head_dim"))
+    if head_dim is not None and isinstance(heads, int) and hidden != heads * head_dim:
+        problems.append(f"head_dim {head_dim} is not hidden_size / num_attention_heads = {hidden} / {heads}")
     if problems:
         raise ConfigError(f"{where}: " + "; ".join(problems))
 

@@ -10,7 +10,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 from megatron_qwen import compat
 from megatron_qwen.errors import ConfigError
@@ -73,7 +73,7 @@ def _architecture(config: QwenConfig) -> dict[str, Any]:
         "add_bias_linear": False,
         "add_qkv_bias": True,
         "gated_linear_unit": True,
-        "activation_func": F.silu,
+        "activation_func": functional.silu,
         "rotary_interleaved": False,
     }
     if not config.is_moe:

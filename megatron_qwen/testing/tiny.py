@@ -163,7 +163,8 @@ def _random_weight(name: str, shape: tuple[int, ...], generator: torch.Generator
     if name.endswith(".bias"):
         return torch.randn(shape, generator=generator) * 0.5
     gain = 4.0 if name.endswith("mlp.gate.weight") else 1.0
-    return torch.randn(shape, generator=generator) * gain * float(shape[-1]) ** -0.5
+    std: float = gain * shape[-1] ** -0.5
+    return torch.randn(shape, generator=generator) * std
 
 
 def _write_shards(folder: Path, shards: list[dict[str, torch.Tensor]]) -> None:
