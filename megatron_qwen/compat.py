@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -116,7 +117,7 @@ def inference_mode() -> contextlib.AbstractContextManager[None]:
     """
     utils = importlib.import_module("megatron.core.inference.utils")
     mode = getattr(utils, "InferenceMode", None)
-    return contextlib.nullcontext() if mode is None else mode.active()  # type: ignore[no-any-return]
+    return contextlib.nullcontext() if mode is None else mode.active()
 
 
 def aux_loss_gradient_factor(tp: int, cp: int) -> int:
@@ -168,3 +169,17 @@ def repair_expert_grad_norm(optimizers: Sequence[Any]) -> None:
     for optimizer in optimizers:
         if any(group.get("is_expert_parallel") for group in optimizer.param_groups):
             optimizer.tp_group = parallel_state.get_expert_tensor_parallel_group()
+
+
+def has_apex_gradient_fusion() -> bool:
+    """Whether apex's fused weight-gradient accumulation kernel is installed."""
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+def quiet_dependencies() -> None:
+    """Hide the warnings of Megatron-Core and torch about what is not installed or will be renamed.
+
+    For command lines, before megatron is imported: `doctor` says what is missing, and none of it is the user's to mend.
+    """
+    for module in (r"megatron\.", r"torch\.distributed\.", r"torch\._jit_internal", r"torch\.jit"):
+        warnings.filterwarnings("ignore", module=module)

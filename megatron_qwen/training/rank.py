@@ -1,0 +1,134 @@
+"""Everything one rank holds for training: checked, built, and wired together."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megatron_qwen import compat
+from megatron_qwen.errors import ConfigError
+from megatron_qwen.model.config import QwenConfig
+from megatron_qwen.parallel.layout import ParallelLayout, check_layout
+from megatron_qwen.training.batches import BatchPlan
+from megatron_qwen.training.performance import check_performance, overlaps_p2p, transformer_overrides
+from megatron_qwen.training.recipe import Recipe
+from megatron_qwen.training.source import ModelSource
+
+if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.optimizer import MegatronOptimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    from megatron_qwen.training.step import TrainStep
+
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass
+class TrainingRank:
+    """The parts of this rank."""
+
+    chunks: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    step: TrainStep
+    plan: BatchPlan
+
+    def set_forward_hooks(self, *, is_on: bool) -> None:
+        """Switch the hooks of overlap_param_gather; off also brings every parameter up to date."""
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.enable_forward_pre_hook() if is_on else chunk.disable_forward_pre_hook()
+
+
+def check_recipe(recipe: Recipe, config: QwenConfig, world_size: int) -> None:
+    """Refuse a recipe that cannot run, before any group, file or weight is touched.
+
+    Raises:
+        ConfigError: layout, batch, sequence or switches do not fit the model, the ranks or this machine.
+    """
+    if not recipe.data.blend:
+        raise ConfigError("data.blend: empty; give at least one prefix of a .bin/.idx pair with --data")
+    check_layout(
+        recipe.parallel.layout(),
+        config.shape(),
+        world_size=world_size,
+        seq_length=recipe.model.seq_length,
+        micro_batch_size=recipe.schedule.micro_batch_size,
+        global_batch_size=recipe.schedule.global_batch_size,
+        overlap_p2p=overlaps_p2p(recipe),
+    )
+    if recipe.parallel.cp > 1:
+        raise ConfigError(
+            f"parallel.cp: got {recipe.parallel.cp}; `train pretrain` splits sequences over tp only, expected 1"
+        )
+    if recipe.model.seq_length > config.max_position_embeddings:
+        raise ConfigError(
+            f"model.seq_length: got {recipe.model.seq_length}, but the model has max_position_embeddings "
+            f"{config.max_position_embeddings}; expected at most that"
+        )
+    check_performance(recipe, config)
+
+
+def world_size_of_environment() -> int:
+    """Return the number of ranks torchrun announced, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def build_rank(recipe: Recipe, source: ModelSource, layout: ParallelLayout, *, load_weights: bool) -> TrainingRank:
+    """Build model, DDP, optimizer and schedule of this rank. Collective; groups must be initialized.
+
+    Args:
+        recipe: checked by `check_recipe`.
+        source: of the model.
+        layout: with dp filled in.
+        load_weights: start from the source's weights if it has some (a resume brings its own).
+
+    Raises:
+        ConfigError: Megatron-Core refuses the combination of fields.
+    """
+    from megatron.core import parallel_state
+
+    from megatron_qwen.model.build import build_model_chunks
+    from megatron_qwen.training.optim import build_optimizer, wrap_chunks
+    from megatron_qwen.training.schedule import build_scheduler
+    from megatron_qwen.training.step import TrainStep
+
+    overrides = _overrides(recipe, source.config, layout)
+    dtype = TORCH_DTYPES[recipe.model.dtype]
+    models = build_model_chunks(source.config, layout, dtype=dtype, backend=recipe.model.backend, **overrides)
+    if source.weights is not None and load_weights:
+        from megatron_qwen.conversion.run import load_weights_into
+
+        load_weights_into(models, source.weights, source.config)
+    chunks = wrap_chunks(recipe, models)
+    for chunk in chunks:
+        chunk.broadcast_params()
+        chunk.train()
+    optimizer = build_optimizer(recipe, chunks)
+    plan = BatchPlan(
+        global_batch_size=recipe.schedule.global_batch_size,
+        micro_batch_size=recipe.schedule.micro_batch_size,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+    )
+    step = TrainStep(
+        source.config,
+        chunks,
+        optimizer,
+        seq_length=recipe.model.seq_length,
+        micro_batch_size=plan.micro_batch_size,
+        num_microbatches=plan.num_microbatches,
+    )
+    return TrainingRank(chunks, optimizer, build_scheduler(recipe, optimizer), step, plan)
+
+
+def _overrides(recipe: Recipe, config: QwenConfig, layout: ParallelLayout) -> dict[str, Any]:
+    overrides = transformer_overrides(recipe, config)
+    if config.is_moe and config.router_aux_loss_coef:
+        megatron = config.to_transformer_config(layout).moe_aux_loss_coeff
+        overrides["moe_aux_loss_coeff"] = megatron * compat.aux_loss_gradient_factor(layout.tp, layout.cp)
+    return overrides

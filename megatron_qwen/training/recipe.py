@@ -1,0 +1,386 @@
+"""A recipe: everything that decides a training run, as frozen dataclasses that validate themselves.
+
+Reading order: `Recipe` at the end holds the groups above it. `overrides.py` changes fields from the
+command line and reads and writes YAML. This module imports neither torch nor megatron.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from megatron_qwen.errors import ConfigError
+from megatron_qwen.parallel.layout import ParallelLayout
+
+DTYPES = ("bf16", "fp32")
+BACKENDS = ("auto", "te", "local")
+DECAY_STYLES = ("constant", "linear", "cosine", "wsd")
+WSD_DECAY_STYLES = ("linear", "cosine", "exponential", "minus_sqrt")
+RECOMPUTE_MODES = ("none", "selective", "full")
+RECOMPUTE_METHODS = ("uniform", "block")
+
+
+class RecipeGroup:
+    """Base of the groups: collects every problem of `problems()` into one ConfigError."""
+
+    def __post_init__(self) -> None:
+        found = list(self.problems())
+        if found:
+            raise ConfigError(f"{type(self).__name__}: " + "; ".join(found))
+
+    def problems(self) -> Iterator[str]:
+        """Yield one line for each field that cannot be used."""
+        yield from ()
+
+    def _at_least(self, minimum: float, *names: str) -> Iterator[str]:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not (value >= minimum and math.isfinite(value)):
+                yield f"{name}: got {value}, expected a finite number >= {minimum}"
+
+    def _one_of(self, name: str, choices: tuple[str, ...]) -> Iterator[str]:
+        if getattr(self, name) not in choices:
+            yield f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(choices)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRecipe(RecipeGroup):
+    """What is trained.
+
+    Attributes:
+        source: preset name, `tiny`, `tiny-moe`, Hugging Face folder or Megatron checkpoint folder. The
+            folders bring weights; the names start from random ones.
+        seq_length: tokens per training sample.
+        dtype: `bf16` (parameters in bfloat16, master weights and gradients in float32) or `fp32`.
+        backend: layer implementation: `te` (Transformer Engine), `local`, or `auto`.
+        attention_dropout, hidden_dropout: probabilities; None takes the model's own.
+    """
+
+    source: str = "tiny"
+    seq_length: int = 128
+    dtype: str = "bf16"
+    backend: str = "auto"
+    attention_dropout: float | None = None
+    hidden_dropout: float | None = None
+
+    def problems(self) -> Iterator[str]:  # noqa: D102
+        yield from self._at_least(1, "seq_length")
+        yield from self._one_of("dtype", DTYPES)
+        yield from self._one_of("backend", BACKENDS)
+        for name in ("attention_dropout", "hidden_dropout"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value < 1.0:
+                yield f"{name}: got {value}, expected 0 <= p < 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRecipe(RecipeGroup):
+    """What it is trained on.
+
+    Attributes:
+        blend: (weight, prefix of a .bin/.idx pair) for each corpus; weights need not sum to one.
+        tokenizer: folder or file of the tokenizer; None takes the one of a model folder.
+        split: shares of train, validation and test documents.
+        cache_dir: folder of Megatron's index caches; None takes one inside the run folder.
+        num_workers: processes that read samples ahead of each rank; 0 reads in the rank itself.
+    """
+
+    blend: tuple[tuple[float, str], ...] = ()
+    tokenizer: str | None = None
+    split: str = "98,2,0"
+    cache_dir: str | None = None
+    num_workers: int = 0
+
+    def problems(self) -> Iterator[str]:  # noqa: D102
+        yield from self._at_least(0, "num_workers")
+        for weight, prefix in self.blend:
+            if not weight > 0:
+                yield f"blend: weight of {prefix} is {weight}, expected > 0"
+        shares = self.split.split(",")
+        if len(shares) != 3 or not all(_is_share(share) for share in shares) or float(shares[0]) <= 0:
+            yield f"split: got {self.split!r}, expected three shares such as '98,2,0' with a first one > 0"
+
+
+def _is_share(text: str) -> bool:
+    try:
+        return 0 <= float(text) < math.inf
+    except ValueError:
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelRecipe(RecipeGroup):
+    """How it is spread over ranks; the fields are `ParallelLayout`'s."""
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    ep: int = 1
+    etp: int | None = None
+    cp: int = 1
+    dp: int | None = None
+    sequence_parallel: bool = False
+    pp_layout: tuple[int, ...] | None = None
+
+    def layout(self) -> ParallelLayout:
+        """Return the layout these fields describe."""
+        return ParallelLayout(**{each.name: getattr(self, each.name) for each in fields(self)})
+
+    def problems(self) -> Iterator[str]:  # noqa: D102
+        yield from self._at_least(1, "tp", "pp", "vpp", "ep", "etp", "cp", "dp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerRecipe(RecipeGroup):
+    """AdamW as Megatron-Core runs it: no weight decay on biases and norms.
+
+    Attributes:
+        lr: peak learning rate.
+        min_lr: rate at the end of the decay; None is a tenth of lr.
+        beta1, beta2, eps: of Adam.
+        weight_decay: decoupled weight decay.
+        clip_grad: largest global gradient norm; 0 switches clipping off.
+        distributed: shard optimizer state over data-parallel ranks (Megatron's distributed optimizer).
+        max_bad_steps: consecutive steps with NaN or infinite loss or gradient until the run stops.
+    """
+
+    lr: float = 3e-4
+    min_lr: float | None = None
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_grad: float = 1.0
+    distributed: bool = True
+    max_bad_steps: int = 3
+
+    @property
+    def final_lr(self) -> float:
+        """The rate at the end of the decay."""
+        return self.lr / 10 if self.min_lr is None else self.min_lr
+
+    def problems(self) -> Iterator[str]:  # noqa: D102
+        yield from self._at_least(0, "lr", "min_lr", "weight_decay", "clip_grad")
+        yield from self._at_least(1, "max_bad_steps")
+        if self.final_lr > self.lr:
+            yield f"min_lr: got {self.min_lr}, expected at most lr ({self.lr})"
+        for name in ("beta1", "beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                yield f"{name}: got {getattr(self, name)}, expected 0 <= beta < 1"
+        if not self.eps > 0:
+            yield f"eps: got {self.eps}, expected > 0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleRecipe(RecipeGroup):
+    """How long, in which batches, and how the learning rate moves.
+
+    Attributes:
+        steps: optimizer steps of the whole run.
+        micro_batch_size: samples per forward pass of one rank.
+        global_batch_size: samples per optimizer step over all ranks.
+        warmup_steps: steps of linear warm-up from 0; None is 5% of the run.
+        style: `constant`, `linear`, `cosine` or `wsd` (warm-up, stable, decay).
+        decay_steps: step at which the rate reaches its minimum; None is `steps`.
+        wsd_decay_steps: length of the last phase of `wsd`; None is 10% of `decay_steps`.
+        wsd_decay_style: shape of that phase.
+    """
+
+    steps: int = 100
+    micro_batch_size: int = 1
+    global_batch_size: int = 1
+    warmup_steps: int | None = None
+    style: str = "cosine"
+    decay_steps: int | None = None
+    wsd_decay_steps: int | None = None
+    wsd_decay_style: str = "linear"
+
+    @property
+    def warmup(self) -> int:
+        """Steps of warm-up."""
+        return self.steps // 20 if self.warmup_steps is None else self.warmup_steps
+
+    @property
+    def decay(self) -> int:
+        """Step at which the rate reaches its minimum."""
+        return self.steps if self.decay_steps is None else self.decay_steps
+
+    @property
+    def wsd_decay(self) -> int:
+        """Steps of the last phase of `wsd`."""
+        return max(1, self.decay // 10) if self.wsd_decay_steps is None else self.wsd_decay_steps
+
+    def problems(self) -> Iterator[str]:  # noqa: D102
+        yield from self._at_least(1, "steps", "micro_batch_size", "global_batch_size", "decay_steps", "wsd_decay_steps")
+        yield from self._at_least(0, "warmup_steps")
+        yield from self._one_of("style", DECAY_STYLES)
+        yield from self._one_of("wsd_decay_style", WSD_DECAY_STYLES)
+        if self.micro_batch_size >= 1 and self.global_batch_size % self.micro_batch_size:
+            yield (
+                f"global_batch_size: got {self.global_batch_size}, expected a multiple of "
+                f"micro_batch_size ({self.micro_batch_size})"
+            )
+        if self.warmup >= self.decay > 0:
+            yield f"warmup_steps: got {self.warmup}, expected fewer than decay_steps ({self.decay})"
+        if self.style == "wsd" and self.warmup + self.wsd_decay > self.decay:
+            yield (
+                f"wsd_decay_steps: got {self.wsd_decay}, expected at most {self.decay - self.warmup} "
+                "(decay_steps less warmup_steps)"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointRecipe(RecipeGroup):
+    """What is kept of the run.
+
+    Attributes:
+        save_every: steps between checkpoints; None saves at the end only.
+        keep_last: number of checkpoints that stay; None keeps all.
+    """
+
+    save_every: int | None = None
+    keep_last: int | None = None
+
+    def problems(self) -> Iterator[str]:  # noqa: D102
+        yield from self._at_least(1, "save_every", "keep_last")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerformanceRecipe(RecipeGroup):
+    """Switches of Megatron-Core that change speed or memory; handed through after a check, never dropped.
+
+    Attributes:
+        recompute: `none`, `selective` (of `recompute_modules`) or `full` (whole layers).
+        recompute_modules: module names of selective recompute; empty takes Megatron's `core_attn`.
+        recompute_method, recompute_num_layers: of full recompute.
+        overlap_grad_reduce: reduce gradients while backward runs.
+        overlap_param_gather: gather the distributed optimizer's parameters while forward runs.
+        align_param_gather: start the gathers of all pipeline stages together.
+        overlap_p2p_comm: overlap pipeline sends with compute; None is on exactly for interleaved pipelines.
+        grad_reduce_in_fp32, bucket_size, pad_buckets_for_high_nccl_busbw: of Megatron's DDP.
+        overlap_param_gather_with_optimizer_step, precision_aware_optimizer, optimizer_cpu_offload,
+            optimizer_offload_fraction: of its optimizer.
+        tp_comm_overlap, fp8, fp8_recipe, fp8_param_gather: through Transformer Engine.
+        cuda_graphs: capture layers as CUDA graphs.
+        moe_grouped_gemm, moe_token_dispatcher, moe_shared_expert_overlap, moe_permute_fusion: of MoE layers.
+        gradient_accumulation_fusion: add weight gradients inside the GEMM (needs apex or Transformer Engine).
+        defer_embedding_wgrad_compute: of the last pipeline stage.
+    """
+
+    recompute: str = "none"
+    recompute_modules: tuple[str, ...] = ()
+    recompute_method: str = "uniform"
+    recompute_num_layers: int = 1
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    align_param_gather: bool = False
+    overlap_p2p_comm: bool | None = None
+    grad_reduce_in_fp32: bool = True
+    bucket_size: int | None = None
+    pad_buckets_for_high_nccl_busbw: bool = False
+    overlap_param_gather_with_optimizer_step: bool = False
+    precision_aware_optimizer: bool = False
+    optimizer_cpu_offload: bool = False
+    optimizer_offload_fraction: float = 1.0
+    tp_comm_overlap: bool = False
+    fp8: str | None = None
+    fp8_recipe: str = "tensorwise"
+    fp8_param_gather: bool = False
+    cuda_graphs: bool = False
+    moe_grouped_gemm: bool | None = None
+    moe_token_dispatcher: str | None = None
+    moe_shared_expert_overlap: bool = False
+    moe_permute_fusion: bool = False
+    gradient_accumulation_fusion: bool = False
+    defer_embedding_wgrad_compute: bool = False
+
+    def problems(self) -> Iterator[str]:  # noqa: D102
+        yield from self._one_of("recompute", RECOMPUTE_MODES)
+        yield from self._one_of("recompute_method", RECOMPUTE_METHODS)
+        yield from self._at_least(1, "recompute_num_layers", "bucket_size")
+        if self.recompute_modules and self.recompute != "selective":
+            yield f"recompute_modules: set, but recompute is {self.recompute!r}; expected 'selective'"
+        if self.fp8 not in (None, "e4m3", "hybrid"):
+            yield f"fp8: got {self.fp8!r}, expected e4m3, hybrid or null"
+        if not 0.0 <= self.optimizer_offload_fraction <= 1.0:
+            yield f"optimizer_offload_fraction: got {self.optimizer_offload_fraction}, expected 0 to 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingRecipe(RecipeGroup):
+    """What is reported, and how often.
+
+    Attributes:
+        log_every: steps between progress lines; metrics.jsonl has every step.
+        eval_every: steps between validation losses; None never validates.
+        eval_batches: global batches of one validation.
+        tensorboard: write event files; None writes them where tensorboard is installed.
+    """
+
+    log_every: int = 1
+    eval_every: int | None = None
+    eval_batches: int = 4
+    tensorboard: bool | None = None
+
+    def problems(self) -> Iterator[str]:  # noqa: D102
+        yield from self._at_least(1, "log_every", "eval_every", "eval_batches")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(RecipeGroup):
+    """One training run. Equal recipes on an equal layout give equal bits.
+
+    Attributes:
+        out: run folder: checkpoints, metrics.jsonl, recipe.yaml, loss.png, summary.json.
+        seed: of weights, dropout and data order.
+    """
+
+    out: str = "run"
+    seed: int = 1234
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    data: DataRecipe = field(default_factory=DataRecipe)
+    parallel: ParallelRecipe = field(default_factory=ParallelRecipe)
+    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
+    checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
+    performance: PerformanceRecipe = field(default_factory=PerformanceRecipe)
+    logging: LoggingRecipe = field(default_factory=LoggingRecipe)
+
+    def problems(self) -> Iterator[str]:  # noqa: D102
+        yield from self._at_least(0, "seed")
+        if not self.out:
+            yield "out: empty, expected a folder"
+
+    def num_microbatches(self, dp: int) -> int:
+        """Return the micro-batches each rank runs per step with `dp` data-parallel ranks.
+
+        Raises:
+            ConfigError: global_batch_size is not a multiple of micro_batch_size * dp.
+        """
+        batch, micro = self.schedule.global_batch_size, self.schedule.micro_batch_size
+        if batch % (micro * dp):
+            below = batch // (micro * dp) * micro * dp
+            raise ConfigError(
+                f"schedule.global_batch_size: got {batch}, expected a multiple of micro_batch_size {micro} x "
+                f"data-parallel size {dp}; nearest are {below or micro * dp} and {below + micro * dp}"
+            )
+        return batch // (micro * dp)
+
+
+GROUPS: dict[str, type[RecipeGroup]] = {
+    "model": ModelRecipe,
+    "data": DataRecipe,
+    "parallel": ParallelRecipe,
+    "optimizer": OptimizerRecipe,
+    "schedule": ScheduleRecipe,
+    "checkpoint": CheckpointRecipe,
+    "performance": PerformanceRecipe,
+    "logging": LoggingRecipe,
+}
+
+
+def group_values(group: RecipeGroup) -> dict[str, Any]:
+    """Return the fields of a group by name."""
+    return {each.name: getattr(group, each.name) for each in fields(group)}  # type: ignore[arg-type]
