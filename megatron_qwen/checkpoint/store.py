@@ -98,21 +98,17 @@ class CheckpointStore:
         from megatron_qwen.checkpoint.torch_dist import save_sharded
 
         target = self.step_folder(step)
+        record = {"format": "megatron-qwen-step", "version": 1, "step": step, "common": dict(common)}
         staging = self._open_staging(target, sharded_state)
         try:
-            failpoints.hit("save.staged")
-            with atomic.storage_errors(f"cannot write {target}"):
+            with atomic.storage_errors(f"cannot save {target}"):
+                failpoints.hit("save.staged")
                 save_sharded(sharded_state, staging, fully_parallel=fully_parallel)
-            failpoints.hit("save.sharded")
-            record = {"format": "megatron-qwen-step", "version": 1, "step": step, "serial": self._next_serial()}
-            texts = {
-                **(files or {}),
-                RECORD_NAME: json.dumps({**record, "common": dict(common)}, indent=1, allow_nan=False),
-            }
-            agreement.on_rank_zero(lambda: _write_files(staging, texts), f"cannot write {target}")
-            records = self._hash_shares(staging)
-            failpoints.hit("save.hashed")
-            agreement.on_rank_zero(lambda: self._commit(staging, target, step, records), f"cannot complete {target}")
+                failpoints.hit("save.sharded")
+                agreement.on_rank_zero(lambda: self._write_side_files(staging, record, files or {}), "cannot save")
+                records = self._hash_shares(staging)
+                failpoints.hit("save.hashed")
+                agreement.on_rank_zero(lambda: self._commit(staging, target, step, records), "cannot save")
         except BaseException:
             if agreement.rank() == 0:
                 atomic.discard(staging)
@@ -232,6 +228,12 @@ class CheckpointStore:
 
         return agreement.on_rank_zero(make, f"cannot start {target}")
 
+    def _write_side_files(self, staging: Path, record: dict[str, Any], files: Mapping[str, bytes | str]) -> None:
+        text = json.dumps({**record, "serial": self._next_serial()}, indent=1, allow_nan=False)
+        for name, content in {**files, RECORD_NAME: text}.items():
+            assert Path(name).name == name, name
+            (staging / name).write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+
     def _hash_shares(self, staging: Path) -> dict[str, manifest.FileRecord]:
         share = _share(agreement.from_rank_zero(lambda: manifest.list_files(staging)))
         parts = agreement.gather(lambda: manifest.hash_files(staging, share), f"cannot read back {staging}")
@@ -320,12 +322,6 @@ def _share(names: list[str]) -> list[str]:
         return int(rank) % ranks if rank.isdecimal() else 0
 
     return [name for name in names if owner(name) == agreement.rank()]
-
-
-def _write_files(folder: Path, files: Mapping[str, bytes | str]) -> None:
-    for name, content in files.items():
-        assert Path(name).name == name, name
-        (folder / name).write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
