@@ -20,6 +20,7 @@ import psutil
 import torch
 import torch.cuda.amp
 import torch.cuda.nvtx
+import torch.distributed as dist
 
 CPU = torch.device("cpu")
 
@@ -130,7 +131,7 @@ def _no_context(*_: Any, **__: Any) -> contextlib.nullcontext[None]:
 
 
 def _uncompiled(function: Callable[..., Any] | None = None, **_: Any) -> Any:
-    """Stand in for torch.compile and torch.jit.script: the plain function (inductor's first call costs seconds here)."""
+    """Stand in for torch.compile and torch.jit.script: the plain function, as inductor's first call costs seconds."""
     return function if function is not None else _uncompiled
 
 
@@ -145,6 +146,52 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
         return factory(*args, **kwargs)
 
     return make
+
+
+def _all_gather(
+    tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False
+) -> Any:
+    """torch.distributed.all_gather, with gloo also of tensors that differ in their first dimension (as NCCL does)."""
+    rows = [each.shape[0] if each.dim() else 1 for each in tensor_list]
+    if len(set(rows)) == 1:
+        return dist.all_gather(tensor_list, tensor, group=group, async_op=async_op)
+    padded = tensor.new_zeros(max(rows), *tensor.shape[1:])
+    padded[: tensor.shape[0]] = tensor
+    gathered = [torch.empty_like(padded) for _ in rows]
+    dist.all_gather(gathered, padded, group=group)
+    for target, source in zip(tensor_list, gathered, strict=True):
+        target.copy_(source[: target.shape[0]])
+    return _Done() if async_op else None
+
+
+def _reduce_scatter(
+    output: torch.Tensor,
+    input_list: list[torch.Tensor],
+    op: Any = dist.ReduceOp.SUM,
+    group: Any = None,
+    async_op: bool = False,
+) -> Any:
+    """torch.distributed.reduce_scatter, with gloo also of tensors that differ in their first dimension (as NCCL does)."""
+    rows = [each.shape[0] if each.dim() else 1 for each in input_list]
+    if len(set(rows)) == 1:
+        return dist.reduce_scatter(output, input_list, op=op, group=group, async_op=async_op)
+    padded = output.new_zeros(len(rows), max(rows), *output.shape[1:])
+    for target, source in zip(padded, input_list, strict=True):
+        target[: source.shape[0]] = source
+    mine = torch.empty_like(padded[0])
+    dist.reduce_scatter_tensor(mine, padded.flatten(0, 1), op=op, group=group)
+    output.copy_(mine[: output.shape[0]])
+    return _Done() if async_op else None
+
+
+class _Done:
+    """The handle of a collective that has already finished."""
+
+    def wait(self) -> bool:
+        return True
+
+    def is_completed(self) -> bool:
+        return True
 
 
 def _load(*args: Any, **kwargs: Any) -> Any:
@@ -213,6 +260,7 @@ CUDA = {
     **RANDOM,
     **MEMORY,
 }
+DISTRIBUTED = {"all_gather": _all_gather, "reduce_scatter": _reduce_scatter}
 TORCH = {
     **{name: _on_cpu(getattr(torch, name)) for name in TENSOR_FACTORIES},
     "load": _load,
@@ -227,5 +275,6 @@ def overlay() -> dict[str, Overlay]:
     memory = Overlay(torch.cuda.memory, MEMORY)
     cuda = Overlay(torch.cuda, {**CUDA, "nvtx": nvtx, "random": random, "memory": memory})
     jit = Overlay(torch.jit, {"script": _uncompiled})
-    top = Overlay(torch, {**TORCH, "cuda": cuda, "jit": jit})
-    return {module.__name__: module for module in (nvtx, random, memory, cuda, jit, top)}
+    distributed = Overlay(torch.distributed, DISTRIBUTED)
+    top = Overlay(torch, {**TORCH, "cuda": cuda, "jit": jit, "distributed": distributed})
+    return {module.__name__: module for module in (nvtx, random, memory, cuda, jit, distributed, top)}
