@@ -236,7 +236,7 @@ class Run:
             self.step,
             self.record,
             vars(self.progress),
-            self.rank.chunks,
+            self.rank.models,
             self.rank.optimizer,
             self.rank.scheduler,
             files={RECIPE_NAME: dump_recipe(self.recipe)},
@@ -251,7 +251,7 @@ class Run:
         resumed = state.resume(
             self.store,
             self.record,
-            self.rank.chunks,
+            self.rank.models,
             self.rank.optimizer,
             self.rank.scheduler,
             seed=self.recipe.seed,

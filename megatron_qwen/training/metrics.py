@@ -67,8 +67,9 @@ def measure_gemm(dtype: torch.dtype, *, size: int = 1024, seconds: float = 0.3) 
     """Return the best TFLOP/s of a square matrix product in `dtype` on this rank's device with its present threads."""
     device = current_device()
     size = 8192 if device.type == "cuda" else size
-    a = torch.randn(size, size, device=device).to(dtype)
-    b = torch.randn(size, size, device=device).to(dtype)
+    # Its own generator: the global one belongs to dropout, and must stand after a resume where it stood before.
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
     best, end = 0.0, time.perf_counter() + seconds
     while True:
         start = time.perf_counter()

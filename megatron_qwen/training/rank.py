@@ -19,6 +19,7 @@ from megatron_qwen.training.source import ModelSource
 
 if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.models.gpt import GPTModel
     from megatron.core.optimizer import MegatronOptimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -36,6 +37,11 @@ class TrainingRank:
     scheduler: OptimizerParamScheduler
     step: TrainStep
     plan: BatchPlan
+
+    @property
+    def models(self) -> list[GPTModel]:
+        """The chunks without their DDP wrappers, whose prefix must not reach the names in a checkpoint."""
+        return [chunk.module for chunk in self.chunks]
 
     def set_forward_hooks(self, *, is_on: bool) -> None:
         """Switch the hooks of overlap_param_gather; off also brings every parameter up to date."""
