@@ -180,7 +180,8 @@ def _check_request(model: Any, rows: Sequence[_Row], params: SamplingParams, voc
                 f"prompt {row.index}: token {max(row.prompt)} is not in the model's vocabulary of {vocab_size:,}; "
                 "the tokenizer belongs to another model"
             )
-    longest, positions = max(len(row.prompt) for row in rows), model.max_sequence_length
+    longest = max(len(row.prompt) for row in rows)
+    positions: int = model.max_sequence_length
     if longest >= positions:
         raise ConfigError(
             f"the longest prompt has {longest:,} tokens; the model has {positions:,} positions, "
