@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import tempfile
 import time
@@ -15,7 +16,6 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from megatron_qwen.data.documents import Document, ReadOptions, read_documents
-from megatron_qwen.data.encode import EncodeOptions, start_worker
 from megatron_qwen.data.prepare import prepare
 from megatron_qwen.data.sources import Unit, find_files, plan_units
 from megatron_qwen.data.tokenizer import QwenTokenizer
@@ -72,36 +72,32 @@ def benchmark_prepare(
 
 
 def _time_bare(units: Sequence[Unit], tokenizer: QwenTokenizer, workers: int) -> float:
-    options = EncodeOptions(tokenizer.eod_id, may_cut=False, read=ReadOptions())
-    texts = [[r.text for r in read_documents(unit, options.read) if isinstance(r, Document)] for unit in units]
-    # Each process gets every workers-th unit before the clock starts, and counts the ids it made.
-    shares = [[text for unit in texts[first::workers] for text in unit] for first in range(workers)]
+    options = ReadOptions()
+    texts = [[r.text for r in read_documents(unit, options) if isinstance(r, Document)] for unit in units]
+    # Every process holds all texts before the clock starts; a task is the number of a unit, so that none idles.
     with ProcessPoolExecutor(
         workers,
         get_context("spawn"),
         initializer=_start_bare_worker,
-        initargs=(tokenizer.backend.to_str(), options, shares),
+        initargs=(tokenizer.backend.to_str(), texts),
     ) as pool:
         # A barrier of sleeping tasks makes sure that every process is up.
         list(pool.map(time.sleep, [0.5] * workers))
         start = time.monotonic()
-        list(pool.map(_encode_share, range(workers)))
+        list(pool.map(_encode_one_unit, range(len(units))))
         return time.monotonic() - start
 
 
 _backend: Tokenizer | None = None
-_shares: list[list[str]] = []
+_texts: list[list[str]] = []
 
 
-def _start_bare_worker(tokenizer_json: str, options: EncodeOptions, shares: list[list[str]]) -> None:
-    global _backend, _shares
-    start_worker(tokenizer_json, options)  # sets TOKENIZERS_PARALLELISM=false
-    _backend, _shares = Tokenizer.from_str(tokenizer_json), shares
+def _start_bare_worker(tokenizer_json: str, texts: list[list[str]]) -> None:
+    global _backend, _texts
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _backend, _texts = Tokenizer.from_str(tokenizer_json), texts
 
 
-def _encode_share(index: int) -> int:
+def _encode_one_unit(number: int) -> int:
     assert _backend is not None
-    texts = _shares[index]
-    return sum(
-        len(_backend.encode_batch(texts[i : i + 64], add_special_tokens=False)) for i in range(0, len(texts), 64)
-    )
+    return len(_backend.encode_batch(_texts[number], add_special_tokens=False))

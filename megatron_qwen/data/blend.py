@@ -184,7 +184,7 @@ def _check_data(
                     f"documents, expected more than seq_length {seq_length}; give more data, another split, or "
                     "shorter samples"
                 )
-        digest.update(memoryview(np.memmap(idx_path(prefix), mode="r", dtype=np.uint8)))
+        digest.update(np.memmap(idx_path(prefix), mode="r", dtype=np.uint8).data)
         digest.update(str(bin_path(prefix).stat().st_size).encode())
     return digest.hexdigest()
 

@@ -20,23 +20,8 @@ from megatron_qwen.errors import ConfigError, CorruptInputError, IncompleteInput
 UNIT_BYTES = 2 << 20
 DEFAULT_PATTERNS = (
     *("*.txt", "*.md", "*.rst", "*.tex", "*.jsonl", "*.ndjson", "*.jsonl.gz", "*.parquet"),
-    *(
-        "*.py",
-        "*.pyi",
-        "*.c",
-        "*.h",
-        "*.cc",
-        "*.cpp",
-        "*.hpp",
-        "*.cu",
-        "*.cuh",
-        "*.java",
-        "*.js",
-        "*.ts",
-        "*.go",
-        "*.rs",
-    ),
-    *("*.rb", "*.sh", "*.sql", "*.html", "*.css", "*.toml", "*.yaml", "*.yml", "*.cmake"),
+    *("*.py", "*.pyi", "*.c", "*.h", "*.cc", "*.cpp", "*.hpp", "*.cu", "*.cuh", "*.java", "*.js", "*.ts", "*.go"),
+    *("*.rs", "*.rb", "*.sh", "*.sql", "*.html", "*.css", "*.toml", "*.yaml", "*.yml", "*.cmake"),
 )
 """File names taken from a folder when no pattern is given."""
 

@@ -141,8 +141,9 @@ class DatasetWriter:
         document = int(np.searchsorted(ends, first, side="right"))
         position = first - int(ends[document] - lengths[document])
         return (
-            f"{self.prefix}: document {self.num_documents + document}, position {position}: token id {int(ids[first])}, expected "
-            f"0 to {self.vocab_size - 1}; the ids come from another tokenizer, or its vocabulary size is wrong"
+            f"{self.prefix}: document {self.num_documents + document}, position {position}: "
+            f"token id {int(ids[first])}, expected 0 to {self.vocab_size - 1}; "
+            "the ids come from another tokenizer, or its vocabulary size is wrong"
         )
 
     def _staged(self, suffix: str) -> Path:
