@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import datetime
 import os
 import random
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from megatron_qwen import compat
-from megatron_qwen.errors import ConfigError
+from megatron_qwen.errors import ConfigError, RankFailure
 from megatron_qwen.parallel.device import communication_backend, current_device, install_cpu_platform
+from megatron_qwen.parallel.launch import launcher_pid
 from megatron_qwen.parallel.layout import ParallelLayout
+
+# What gloo's plain RuntimeErrors say when a peer is gone; NCCL's are DistErrors.
+_PEER_GONE = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Timed out waiting",
+    "gloo/transport",
+)
 
 _active: ParallelLayout | None = None
 
@@ -54,13 +70,47 @@ def initialize(layout: ParallelLayout, *, seed: int = 1234, timeout_seconds: flo
 def _start_process_group(timeout: datetime.timedelta) -> None:
     if dist.is_initialized():
         return
+    _follow_launcher()
     atexit.register(shutdown)  # the backend's threads must end before the interpreter does
     if torch.cuda.is_available():
         torch.cuda.set_device(current_device())
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group(communication_backend(), timeout=timeout)
     else:
-        dist.init_process_group(communication_backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(communication_backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)  # type: ignore[attr-defined]
+
+
+def _follow_launcher() -> None:
+    """End this rank when the launcher that started it is gone: nobody could stop it any more."""
+    launcher = launcher_pid()
+    if launcher is None or os.getppid() != launcher:
+        return
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True, name="follow launcher").start()
+
+
+@contextlib.contextmanager
+def collectives() -> Iterator[None]:
+    """Turn the failure of a collective (a peer died, hangs, or left) into RankFailure.
+
+    Raises:
+        RankFailure: whatever torch.distributed or gloo raised inside says that a peer is gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not any(sign in str(error) for sign in _PEER_GONE):
+            raise
+        said = re.sub(r"^\[[^]]*\] |\. This is typically.*", "", str(error).splitlines()[0])
+        raise RankFailure(
+            f"rank {rank()} of {world_size()} lost a peer in a collective: {said}. "
+            "Look for the rank that died or hangs, and resume from the last checkpoint."
+        ) from error
 
 
 def _start_model_parallel(layout: ParallelLayout, timeout_seconds: float) -> None:

@@ -208,7 +208,8 @@ def _world_problems(layout: ParallelLayout, world_size: int) -> Iterator[str]:
         near = _nearest(world_size, _multiples_near(world_size, model))
         yield f"world size {world_size} is not a multiple of {step} = {model}; {near} ranks"
     elif layout.dp is not None and layout.dp * model != world_size:
-        yield f"dp={layout.dp} times {step} is {layout.dp * model}, but there are {world_size} ranks; nearest valid: dp={world_size // model}"
+        valid = f"nearest valid: dp={world_size // model}"
+        yield f"dp={layout.dp} times {step} is {layout.dp * model}, but there are {world_size} ranks; {valid}"
     expert = layout.expert_tensor_parallel_size * layout.ep * layout.pp
     if world_size % expert:
         yield (
@@ -225,7 +226,8 @@ def _schedule_problems(layout: ParallelLayout, overlap_p2p: bool) -> Iterator[st
         yield f"vpp={layout.vpp} needs pp > 1; nearest valid: pp=2 or vpp=1"
     if layout.vpp > 1 and layout.pp == 2 and not overlap_p2p:
         # Previous and next rank are the same one, and batched sends pair up in the wrong order.
-        yield f"pp=2 with vpp={layout.vpp} trains wrongly, in silence, without overlap_p2p; nearest valid: overlap_p2p on, or pp=4, or vpp=1"
+        valid = "nearest valid: overlap_p2p on, or pp=4, or vpp=1"
+        yield f"pp=2 with vpp={layout.vpp} trains wrongly, in silence, without overlap_p2p; {valid}"
     if layout.vpp == 1 and layout.pp > 1 and overlap_p2p:
         yield "overlap_p2p needs the interleaved schedule; nearest valid: vpp=2, or overlap_p2p off"
 
@@ -234,8 +236,8 @@ def _model_problems(layout: ParallelLayout, shape: ModelShape, *, training: bool
     tp, groups = layout.tp, shape.num_query_groups
     yield from _not_dividing("tp", tp, "num_attention_heads", shape.num_attention_heads)
     if groups % tp and tp % groups:
-        valid = [*_divisors(groups), *_multiples_near(tp, groups)]
-        yield f"tp={tp} neither divides num_query_groups={groups} nor is a multiple of it; {_nearest(tp, valid)}"
+        near = _nearest(tp, [*_divisors(groups), *_multiples_near(tp, groups)])
+        yield f"tp={tp} neither divides num_query_groups={groups} nor is a multiple of it; {near}"
     if shape.num_attention_heads % groups:
         yield (
             f"num_query_groups={groups} does not divide num_attention_heads={shape.num_attention_heads}; "
@@ -251,7 +253,8 @@ def _model_problems(layout: ParallelLayout, shape: ModelShape, *, training: bool
     yield from _not_dividing("tp", tp, "ffn_hidden_size", shape.ffn_hidden_size)
     yield from _not_dividing("tp", tp, "vocab_size (padded)", shape.vocab_size)
     if shape.num_experts and tp > 1 and not layout.sequence_parallel and training:
-        yield f"training a mixture of experts with tp={tp} needs sequence_parallel; nearest valid: sequence_parallel on, or tp=1"
+        valid = "nearest valid: sequence_parallel on, or tp=1"
+        yield f"training a mixture of experts with tp={tp} needs sequence_parallel; {valid}"
 
 
 def _expert_problems(layout: ParallelLayout, shape: ModelShape) -> Iterator[str]:
@@ -267,7 +270,10 @@ def _expert_problems(layout: ParallelLayout, shape: ModelShape) -> Iterator[str]
         yield from _not_dividing("tp", layout.tp, "moe_shared_expert_size", shape.moe_shared_expert_size)
     if not 1 <= shape.moe_router_topk <= shape.num_experts:
         near = min(max(shape.moe_router_topk, 1), shape.num_experts)
-        yield f"moe_router_topk={shape.moe_router_topk} is not within 1..num_experts={shape.num_experts}; nearest valid: {near}"
+        yield (
+            f"moe_router_topk={shape.moe_router_topk} is not within 1..num_experts={shape.num_experts}; "
+            f"nearest valid: {near}"
+        )
 
 
 def _pipeline_problems(layout: ParallelLayout, num_layers: int) -> Iterator[str]:
@@ -280,11 +286,13 @@ def _pipeline_problems(layout: ParallelLayout, num_layers: int) -> Iterator[str]
             )
         return
     if len(layout.pp_layout) != stages:
-        yield f"pp_layout has {len(layout.pp_layout)} stages, but pp*vpp = {layout.pp}*{layout.vpp} = {stages}{_uneven_advice(num_layers, stages)}"
+        wanted = f"pp*vpp = {layout.pp}*{layout.vpp} = {stages}"
+        yield f"pp_layout has {len(layout.pp_layout)} stages, but {wanted}{_uneven_advice(num_layers, stages)}"
     if any(layers < 1 for layers in layout.pp_layout):
         yield f"pp_layout={_comma(layout.pp_layout)} has a stage without layers; nearest valid: at least 1 each"
     if sum(layout.pp_layout) != num_layers:
-        yield f"pp_layout={_comma(layout.pp_layout)} sums to {sum(layout.pp_layout)}, but num_layers={num_layers}{_uneven_advice(num_layers, stages)}"
+        total = f"sums to {sum(layout.pp_layout)}, but num_layers={num_layers}"
+        yield f"pp_layout={_comma(layout.pp_layout)} {total}{_uneven_advice(num_layers, stages)}"
 
 
 def _comma(stages: Iterable[int]) -> str:
@@ -307,7 +315,8 @@ def _sequence_problems(layout: ParallelLayout, seq_length: int) -> Iterator[str]
     step = math.lcm(*reasons.values())
     if seq_length % step:
         broken = " and of ".join(f"{name} = {factor}" for name, factor in reasons.items() if seq_length % factor)
-        yield f"sequence length {seq_length} is not a multiple of {broken}; {_nearest(seq_length, _multiples_near(seq_length, step))}"
+        near = _nearest(seq_length, _multiples_near(seq_length, step))
+        yield f"sequence length {seq_length} is not a multiple of {broken}; {near}"
 
 
 def _batch_problems(
@@ -320,7 +329,8 @@ def _batch_problems(
     interleaved = per_pass * (layout.pp if layout.vpp > 1 else 1)
     near = _nearest(global_batch_size, _multiples_near(global_batch_size, interleaved))
     if global_batch_size % per_pass:
-        yield f"global batch size {global_batch_size} is not a multiple of micro batch size * dp = {micro_batch_size or 1}*{dp} = {per_pass}; {near}"
+        wanted = f"micro batch size * dp = {micro_batch_size or 1}*{dp} = {per_pass}"
+        yield f"global batch size {global_batch_size} is not a multiple of {wanted}; {near}"
     elif global_batch_size % interleaved:
         yield (
             f"vpp={layout.vpp} needs a multiple of pp={layout.pp} micro batches per step, global batch size "

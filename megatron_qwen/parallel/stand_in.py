@@ -151,7 +151,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 def _all_gather(
     tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False
 ) -> Any:
-    """torch.distributed.all_gather, with gloo also of tensors that differ in their first dimension (as NCCL does)."""
+    """torch.distributed.all_gather, over gloo also with first dimensions that differ, as NCCL does."""
     rows = [each.shape[0] if each.dim() else 1 for each in tensor_list]
     if len(set(rows)) == 1:
         return dist.all_gather(tensor_list, tensor, group=group, async_op=async_op)
@@ -171,7 +171,7 @@ def _reduce_scatter(
     group: Any = None,
     async_op: bool = False,
 ) -> Any:
-    """torch.distributed.reduce_scatter, with gloo also of tensors that differ in their first dimension (as NCCL does)."""
+    """torch.distributed.reduce_scatter, over gloo also with first dimensions that differ, as NCCL does."""
     rows = [each.shape[0] if each.dim() else 1 for each in input_list]
     if len(set(rows)) == 1:
         return dist.reduce_scatter(output, input_list, op=op, group=group, async_op=async_op)

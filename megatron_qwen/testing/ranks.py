@@ -95,7 +95,7 @@ def _meet(rank: int, folder: Path) -> str:
     if rank == 0:
         import torch.distributed as dist
 
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
         _served.append(store)  # serves for as long as it is referenced
         os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # init_process_group joins it instead of binding again
         draft = folder / "port.part"
