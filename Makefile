@@ -21,7 +21,8 @@ endif
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.megatron-qwen-installed
 CXX_SOURCES := $(shell find csrc -name '*.cu' -o -name '*.cpp' -o -name '*.h')
-TAG = $(shell $(BIN)/python -c 'import sys; print("py%d%d" % sys.version_info[:2])')
+# Read by the shell, after the environment exists.
+PINS = -c requirements/$$($(BIN)/python -c 'import sys; print("py%d%d.txt" % sys.version_info[:2])')
 # One thread per process: ranks and pytest workers are the parallelism here.
 TEST_ENV = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
@@ -36,8 +37,8 @@ $(STAMP): pyproject.toml setup.py CMakeLists.txt $(wildcard requirements/*.txt) 
 		echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu install python3-venv" >&2; rm -rf $(VENV); exit 1; }
 	$(BIN)/python -m pip install $(PIP_FLAGS) --upgrade 'pip>=25'
 	@# torch first and alone: with it in place no other requirement can bring another build of it.
-	$(BIN)/python -m pip install $(PIP_FLAGS) -c requirements/$(TAG).txt torch
-	$(BIN)/python -m pip install $(PIP_FLAGS) -c requirements/$(TAG).txt -e '.[dev]'
+	$(BIN)/python -m pip install $(PIP_FLAGS) $(PINS) torch
+	$(BIN)/python -m pip install $(PIP_FLAGS) $(PINS) -e '.[dev]'
 	@$(BIN)/python -c 'import megatron_qwen._C' 2>/dev/null || \
 		echo "Note: no C++ compiler was found, so the optional extension megatron_qwen._C was not built; all but CUDA kernels works."
 	@touch $@

@@ -1,7 +1,7 @@
 """Write the pins of this interpreter: `python requirements/lock.py` (or `make lock PYTHON=python3.12`).
 
 Asks pip what it would install for `.[dev]` and torch, without installing it, and writes the exact versions to
-`requirements/py3XX.txt`. `make` passes that file to pip as a constraint, so a pin of something not needed costs nothing.
+`requirements/py3XX.txt`. `make` passes that file to pip as a constraint: a pin of something not needed costs nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pathlib import Path
 # torch of the day for development; the package itself accepts any torch >= 2.6.
 TORCH = "torch==2.13.0"
 # torch pins its own CUDA libraries, and which of them it wants depends on the build it comes from.
-LEFT_TO_TORCH = ("nvidia-cu", "nvidia-nccl", "nvidia-nv", "cuda-")
+LEFT_TO_TORCH = ("nvidia-", "cuda-")
+OURS = ("nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm")
 
 
 def resolve(requirements: list[str]) -> dict[str, str]:
@@ -34,9 +35,9 @@ def main() -> None:
     root = Path(__file__).resolve().parent.parent
     pins = resolve([TORCH, f"{root}[dev]"])
     pins.pop("megatron-qwen")
-    kept = {name: version for name, version in pins.items() if not name.startswith(LEFT_TO_TORCH) or "cuobjdump" in name}
+    kept = {name: version for name, version in pins.items() if name in OURS or not name.startswith(LEFT_TO_TORCH)}
     tag = f"{sys.version_info.major}{sys.version_info.minor}"
-    lines = [f"# Written by `make lock` on Python {sys.version_info.major}.{sys.version_info.minor}; do not edit by hand."]
+    lines = ["# Written by `make lock`; do not edit by hand."]
     lines += [f"{name}=={version}" for name, version in kept.items()]
     target = Path(__file__).resolve().parent / f"py{tag}.txt"
     target.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -45,7 +45,7 @@ def make_transformer_config(
     fixed = _architecture(config) | layout.transformer_config_fields(config.num_hidden_layers) | _precision(dtype)
     _require_known(overrides, fixed, {field.name for field in dataclasses.fields(TransformerConfig)})
     impl = overrides.get("transformer_impl") or ("transformer_engine" if transformer_engine_by_default() else "local")
-    fields = _defaults(config, layout, impl) | overrides | {"transformer_impl": impl}
+    fields = _defaults(config, layout, impl) | _as_parsed(layout) | overrides | {"transformer_impl": impl}
     try:
         result = TransformerConfig(**(fields | fixed))
     except (ValueError, AssertionError) as error:
@@ -115,21 +115,39 @@ def _defaults(config: QwenConfig, layout: ParallelLayout, impl: str) -> dict[str
         "masked_softmax_fusion": on_cuda,
         "apply_rope_fusion": on_cuda and impl == "transformer_engine" and config.rope_scaling is None,
         "gradient_accumulation_fusion": False,
-        "deallocate_pipeline_outputs": layout.pp > 1,
         # The interleaved schedule with two pipeline ranks is wrong without it; see parallel/layout.py.
         "overlap_p2p_comm": layout.vpp > 1,
         "batch_p2p_comm": layout.vpp == 1,
-        # The other dispatcher, Megatron's default, refuses variable sequence lengths and does not scale with EP.
-        "moe_token_dispatcher_type": "alltoall",
     }
     if config.is_moe:
         fields |= {
+            # The other dispatcher, Megatron's default, refuses variable sequence lengths and does not scale with EP.
+            "moe_token_dispatcher_type": "alltoall",
             "moe_router_dtype": "fp32",
             "moe_router_load_balancing_type": "aux_loss",
             "moe_aux_loss_coeff": megatron_aux_loss_coefficient(config),
             "moe_grouped_gemm": impl == "transformer_engine",
         }
     return fields
+
+
+def _as_parsed(layout: ParallelLayout) -> dict[str, Any]:
+    """Return what Megatron-LM's argument parser sets in every model, so that its configurations equal ours.
+
+    None of it changes a result here: outputs are deallocated between pipeline stages only, `cp_comm_type` is read with
+    context parallelism only, the seed by Megatron's inference engine only, and one weight shard per rank is the default.
+    """
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    fields = {
+        "deallocate_pipeline_outputs": True,
+        "cp_comm_type": "p2p",
+        "inference_sampling_seed": 1234,
+        "tensor_parallel_num_weight_shards": layout.tp,
+        "expert_tensor_parallel_num_weight_shards": layout.expert_tensor_parallel_size,
+    }
+    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    return {name: value for name, value in fields.items() if name in known}
 
 
 def megatron_aux_loss_coefficient(config: QwenConfig) -> float:

@@ -24,7 +24,9 @@ from megatron_qwen.parallel.layout import ParallelLayout
 from megatron_qwen.testing.tiny import tiny_dense, tiny_moe
 
 HAS_PARSER = importlib.util.find_spec("megatron.training") is not None
-needs_parser = pytest.mark.skipif(not HAS_PARSER, reason="this megatron-core does not ship megatron.training (0.19 does)")
+needs_parser = pytest.mark.skipif(
+    not HAS_PARSER, reason="this megatron-core does not ship megatron.training (0.19 does)"
+)
 
 
 def parse(words: tuple[str, ...], world_size: int, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -36,6 +38,7 @@ def parse(words: tuple[str, ...], world_size: int, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("WORLD_SIZE", str(world_size))
     # Megatron-LM asks the GPU for its generation; every layout here is for an H100.
     monkeypatch.setattr("megatron.training.arguments.get_device_arch_version", lambda: 9)
+    monkeypatch.setattr("megatron.training.arguments.torch.cuda.get_device_capability", lambda *_: (9, 0))
     arguments = parse_args()
     validate_args(arguments)
     return arguments, core_transformer_config_from_args(arguments)
@@ -119,7 +122,9 @@ def test_every_kind_of_layout_parses_to_the_configuration_we_build(
 @needs_parser
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_dtype_and_recompute_reach_the_configuration(dtype: str, recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dtype_and_recompute_reach_the_configuration(
+    dtype: str, recompute: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert_equal_configs(PRESETS["qwen2.5-1.5b"], replace(LOCAL, dtype=dtype, recompute=recompute), monkeypatch)
 
 
@@ -140,7 +145,9 @@ def test_the_comparison_notices_a_missing_flag(dropped: str, monkeypatch: pytest
     flags = split_flags(megatron_lm_flags(PRESETS["qwen2.5-7b"], LOCAL).words())
     words = tuple(word for flag in flags if flag[0] != dropped for word in flag)
     _, parsed = parse(words, 1, monkeypatch)
-    assert differences(parsed, PRESETS["qwen2.5-7b"].to_transformer_config(**LOCAL.transformer_overrides(PRESETS["qwen2.5-7b"])))
+    assert differences(
+        parsed, PRESETS["qwen2.5-7b"].to_transformer_config(**LOCAL.transformer_overrides(PRESETS["qwen2.5-7b"]))
+    )
 
 
 @needs_parser
@@ -218,7 +225,8 @@ def test_a_fractional_rotary_base_is_refused_because_the_flag_would_cut_it() -> 
 
 
 @pytest.mark.parametrize(
-    ("layers", "pattern"), [((True, True), "1"), ((False, True, True), "([0]*1+[1]*2)"), ((True, False), "([1]*1+[0]*1)")]
+    ("layers", "pattern"),
+    [((True, True), "1"), ((False, True, True), "([0]*1+[1]*2)"), ((True, False), "([1]*1+[0]*1)")],
 )
 def test_layer_pattern_is_what_megatron_evaluates(layers: tuple[bool, ...], pattern: str) -> None:
     assert layer_pattern(layers) == pattern
