@@ -98,12 +98,17 @@ def _moe_problems(performance: PerformanceRecipe, config: QwenConfig) -> Iterato
 
 def transformer_overrides(recipe: Recipe, config: QwenConfig) -> dict[str, Any]:
     """Return the fields of Megatron's TransformerConfig that training sets, on top of the model's own."""
+    from megatron_qwen.parallel.device import communication_backend
+
     performance = recipe.performance
     fields: dict[str, Any] = {
         # Gradients are sums over tokens, divided once by the tokens of the global batch.
         "calculate_per_token_loss": True,
         "overlap_p2p_comm": overlaps_p2p(recipe),
         "batch_p2p_comm": not overlaps_p2p(recipe),
+        # Freeing an output whose overlapped send is still under way is safe on a CUDA stream only: over gloo the
+        # next stage then receives whatever took its place.
+        "deallocate_pipeline_outputs": recipe.parallel.pp > 1 and communication_backend() != "gloo",
         "gradient_accumulation_fusion": performance.gradient_accumulation_fusion,
         **_recompute_fields(performance),
     }

@@ -237,10 +237,12 @@ class CheckpointRecipe(RecipeGroup):
 
     Attributes:
         save_every: steps between checkpoints; None saves at the end only.
+        save_at_end: also save when the run ends or is interrupted; off for measurements.
         keep_last: number of checkpoints that stay; None keeps all.
     """
 
     save_every: int | None = None
+    save_at_end: bool = True
     keep_last: int | None = None
 
     def problems(self) -> Iterator[str]:  # noqa: D102
