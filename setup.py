@@ -30,6 +30,9 @@ class CMakeBuild(build_ext):
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build_dir = Path(self.build_temp).resolve() / f"cmake-{sys.implementation.cache_tag}"
+        # Nothing is taken over from an earlier build: its tools may have lived in an environment that is gone.
+        shutil.rmtree(build_dir, ignore_errors=True)
+        target.unlink(missing_ok=True)
         configure = [
             "cmake",
             *("-S", str(ROOT), "-B", str(build_dir)),

@@ -253,7 +253,8 @@ def _print_diagnosis(diagnosis: Diagnosis) -> None:
     for choice in diagnosis.choices:
         choices.add_row(choice.part, choice.backend, escape(choice.reason))
 
-    leftovers = Table(title=f"Half-written outputs under {escape(diagnosis.searched)}", show_header=False)
+    leftovers = Table()
+    leftovers.add_column(f"half-written outputs under {escape(diagnosis.searched)}")
     for path in diagnosis.leftovers or ("none",):
         leftovers.add_row(escape(path))
     _print_table(packages, devices, choices, leftovers, *(f"[red]{escape(line)}[/red]" for line in diagnosis.problems))
