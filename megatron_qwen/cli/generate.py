@@ -158,6 +158,7 @@ def _run(
 
     from megatron_qwen.conversion.run import load_model, read_config
     from megatron_qwen.data.tokenizer import QwenTokenizer
+    from megatron_qwen.inference.engine import check_prompts
     from megatron_qwen.inference.engine import generate as complete
     from megatron_qwen.parallel import groups
     from megatron_qwen.parallel.layout import ParallelLayout
@@ -165,12 +166,18 @@ def _run(
     config = read_config(folder)
     tokenizer = QwenTokenizer.load(folder if (folder / "config.json").is_file() else folder / "hf")
     params, sources = _choose_settings(given, tokenizer, config, chat=chat)
+    prompts = [_as_chat(tokenizer, text, system) for text in texts] if chat else list(texts)
+    # Before the weights are read, which may take minutes.
+    check_prompts(
+        [tokenizer.encode(text) for text in prompts],
+        positions=config.max_position_embeddings,
+        vocab_size=config.vocab_size,
+    )
     parallel = ParallelLayout(tp=layout[0], pp=layout[1])
     groups.initialize(parallel)
     # The local backend's attention heeds the mask of a padded batch while decoding.
     number = getattr(torch, DTYPES[dtype]) if dtype else None
     model = load_model(folder, dtype=number, layout=parallel, backend="local")
-    prompts = [_as_chat(tokenizer, text, system) for text in texts] if chat else list(texts)
     start = time.perf_counter()
     completions = complete(
         model,

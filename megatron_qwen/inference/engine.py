@@ -85,12 +85,17 @@ def generate(
     """
     chunks = [_unwrap(chunk) for chunk in (model_chunks if isinstance(model_chunks, Sequence) else [model_chunks])]
     rows = [_Row(tokenizer, tokenizer.encode(prompt), params, index, on_text) for index, prompt in enumerate(prompts)]
-    vocab_size = vocab_size or chunks[0].vocab_size
-    max_new_tokens = _check_request(chunks[0], rows, params, vocab_size)
+    vocab_size, positions = vocab_size or chunks[0].vocab_size, chunks[0].max_sequence_length
+    check_prompts([row.prompt for row in rows], positions=positions, vocab_size=vocab_size)
+    _check_model(chunks[0], rows)
+    room = positions - max(len(row.prompt) for row in rows)
+    if room < params.max_new_tokens:
+        logger.warning("completions end at the model's last position: %d tokens, not %d", room, params.max_new_tokens)
     # The cache takes rows by ascending length; `index` leads back to the caller's order.
     batch = sorted(rows, key=lambda row: len(row.prompt))
     with _inference(chunks):
-        _complete(chunks, batch, Sampler(params, [row.prompt for row in batch], vocab_size), max_new_tokens)
+        sampler = Sampler(params, [row.prompt for row in batch], vocab_size)
+        _complete(chunks, batch, sampler, min(params.max_new_tokens, room))
     return [row.completion() for row in rows]
 
 
@@ -159,10 +164,35 @@ class _Row:
         )
 
 
-def _check_request(model: Any, rows: Sequence[_Row], params: SamplingParams, vocab_size: int) -> int:
-    """Raise ConfigError for what cannot be done; return how many tokens may be written."""
-    if not rows:
+def check_prompts(prompts: Sequence[Sequence[int]], *, positions: int, vocab_size: int) -> None:
+    """Refuse prompts that a model cannot complete; needs no model, so that it can be done before one is loaded.
+
+    Args:
+        prompts: token ids of each.
+        positions: the model's max_position_embeddings.
+        vocab_size: the model's rows.
+
+    Raises:
+        ConfigError: no prompt, or one that is empty, too long, or has tokens the model does not have.
+    """
+    if not prompts:
         raise ConfigError("no prompt was given; expected at least one")
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise ConfigError(f"prompt {index} is empty; expected at least one token")
+        if len(prompt) >= positions:
+            raise ConfigError(
+                f"prompt {index} has {len(prompt):,} tokens; the model has {positions:,} positions, "
+                "and at least one is needed for the completion; shorten the prompt"
+            )
+        if max(prompt) >= vocab_size:
+            raise ConfigError(
+                f"prompt {index}: token {max(prompt)} is not in the model's vocabulary of {vocab_size:,}; "
+                "the tokenizer belongs to another model"
+            )
+
+
+def _check_model(model: Any, rows: Sequence[_Row]) -> None:
     if model.config.sequence_parallel:
         raise ConfigError(
             "the model is built with sequence_parallel; generation decodes one token at a time, load it without"
@@ -172,25 +202,6 @@ def _check_request(model: Any, rows: Sequence[_Row], params: SamplingParams, voc
             "prompts of unequal length: the attention of Transformer Engine takes no mask while decoding with a "
             "static cache; load the model with backend='local', or give the prompts one at a time"
         )
-    for row in rows:
-        if not row.prompt:
-            raise ConfigError(f"prompt {row.index} is empty; expected at least one token")
-        if max(row.prompt) >= vocab_size:
-            raise ConfigError(
-                f"prompt {row.index}: token {max(row.prompt)} is not in the model's vocabulary of {vocab_size:,}; "
-                "the tokenizer belongs to another model"
-            )
-    longest = max(len(row.prompt) for row in rows)
-    positions: int = model.max_sequence_length
-    if longest >= positions:
-        raise ConfigError(
-            f"the longest prompt has {longest:,} tokens; the model has {positions:,} positions, "
-            "and at least one is needed for the completion; shorten the prompt"
-        )
-    if longest + params.max_new_tokens > positions:
-        logger.warning("completions end at the model's last position: %d tokens instead of %d",
-                       positions - longest, params.max_new_tokens)  # fmt: skip
-    return min(params.max_new_tokens, positions - longest)
 
 
 def _unwrap(model: Any) -> Any:

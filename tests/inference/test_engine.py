@@ -95,32 +95,38 @@ def test_tokens_with_the_cache_equal_those_of_whole_forward_passes(folders: dict
 
 
 LAYOUTS = {
-    "tp2": ParallelLayout(tp=2),
-    "pp2": ParallelLayout(pp=2),
-    "pp2-uneven": ParallelLayout(pp=2, pp_layout=(1, 3)),
-    "pp2-vpp2": ParallelLayout(pp=2, vpp=2),
-    "tp2-pp2": ParallelLayout(tp=2, pp=2),
+    2: [
+        ("untied", ParallelLayout(tp=2)),
+        ("untied", ParallelLayout(pp=2)),
+        ("untied", ParallelLayout(pp=2, pp_layout=(1, 3))),
+        ("untied", ParallelLayout(pp=2, vpp=2)),
+        ("tied", ParallelLayout(tp=2)),
+        ("tied", ParallelLayout(pp=2, pp_layout=(2, 1))),
+        ("moe", ParallelLayout(tp=2)),
+    ],
+    4: [("untied", ParallelLayout(tp=2, pp=2)), ("moe", ParallelLayout(tp=2, pp=2))],
 }
 
 
-def on_rank(folder: Path, layout: ParallelLayout) -> list[list[list[int]]]:
+def on_rank(folders: dict[str, Path], cases: list[tuple[str, ParallelLayout]]) -> list[list[list[list[int]]]]:
     torch.set_num_threads(1)
-    answers = [tokens(complete(folder, PROMPTS, params, layout)) for params in (GREEDY, SAMPLED)]
-    groups.shutdown()
+    answers = []
+    for model, layout in cases:
+        answers.append([tokens(complete(folders[model], PROMPTS, params, layout)) for params in (GREEDY, SAMPLED)])
+        groups.shutdown()
     return answers
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize(
-    ("model", "layout"),
-    [("untied", name) for name in LAYOUTS] + [("tied", "tp2"), ("moe", "tp2-pp2")],
-)
-def test_every_layout_writes_what_one_rank_writes(folders: dict[str, Path], model: str, layout: str) -> None:
-    expected = [tokens(complete(folders[model], PROMPTS, params)) for params in (GREEDY, SAMPLED)]
-    chosen = LAYOUTS[layout]
-    assert run_ranks(on_rank, chosen.model_parallel_size, folders[model], chosen) == (
-        [expected] * chosen.model_parallel_size
-    )
+@pytest.mark.parametrize("nproc", [2, 4])
+def test_every_rank_of_every_layout_writes_what_one_rank_writes(folders: dict[str, Path], nproc: int) -> None:
+    cases = LAYOUTS[nproc]
+    alone = {
+        model: [tokens(complete(folders[model], PROMPTS, params)) for params in (GREEDY, SAMPLED)] for model in MODELS
+    }
+    for answers in run_ranks(on_rank, nproc, folders, cases):
+        for (model, layout), answer in zip(cases, answers, strict=True):
+            assert answer == alone[model], (model, layout)
 
 
 def test_a_stop_token_ends_its_row_and_no_other(folders: dict[str, Path]) -> None:
