@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -107,12 +108,12 @@ def parse_split(split: str) -> tuple[float, float, float]:
         numbers = []
     if len(numbers) != len(SPLITS) or not all(math.isfinite(n) and n >= 0 for n in numbers) or sum(numbers) == 0:
         raise ConfigError(f"split {split!r}: expected three weights for train, valid and test, such as 98,2,0")
-    total = sum(numbers)
+    total = numbers[0] + numbers[1] + numbers[2]
     return numbers[0] / total, numbers[1] / total, numbers[2] / total
 
 
 def split_documents(num_documents: int, split: str) -> tuple[range, range, range]:
     """Return the documents that Megatron gives to train, valid and test."""
-    fractions = parse_split(split)
-    ends = [round(sum(fractions[:n], 0.0) * num_documents) for n in range(len(SPLITS) + 1)]
+    # Added up one by one as Megatron does: sum() rounds differently from Python 3.12 on.
+    ends = [round(end * num_documents) for end in itertools.accumulate(parse_split(split), initial=0.0)]
     return range(ends[0], ends[1]), range(ends[1], ends[2]), range(ends[2], ends[3])

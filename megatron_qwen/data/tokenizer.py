@@ -5,19 +5,22 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, normalizers
 
 from megatron_qwen.checkpoint.atomic import atomic_write_text, storage_errors
 from megatron_qwen.data.bpe import read_tiktoken, train_bpe
 from megatron_qwen.data.chat_template import QWEN_CHAT_TEMPLATE, render_chat
 from megatron_qwen.data.control_tokens import CONTROL_TOKENS, END_OF_DOCUMENT, END_OF_TURN, PRETOKENIZER_PATTERN
 from megatron_qwen.errors import ConfigError, CorruptInputError, IncompleteInputError
+
+logger = logging.getLogger(__name__)
 
 MAX_LENGTH = 131072
 STYLES = ("base", "chat")
@@ -75,6 +78,7 @@ class QwenTokenizer:
         if companions is None:
             return cls(backend, source=str(path))
         config = _read_json_object(companions / "tokenizer_config.json")
+        _restore_normalizer(backend, config, path)
         return cls(
             backend,
             source=str(companions),
@@ -257,6 +261,18 @@ def _read_tokenizer_json(path: Path) -> Tokenizer:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the tokenizers library raises nothing narrower
         raise CorruptInputError(f"{path}: not a tokenizer.json that this `tokenizers` can read: {error}") from error
+
+
+def _restore_normalizer(backend: Tokenizer, config: Mapping[str, Any] | None, path: Path) -> None:
+    """Give a Qwen2 tokenizer the NFC that its class implies, where its file has lost it (conversion from GGUF does).
+
+    transformers 5 builds these classes with NFC whatever the file says; without it accents typed as two
+    characters would get other ids here than there.
+    """
+    is_qwen = str((config or {}).get("tokenizer_class", "")).startswith("Qwen2Tokenizer")
+    if is_qwen and backend.normalizer is None:
+        logger.warning("%s: no normalizer, though Qwen2 tokenizers have NFC; using NFC", path)
+        backend.normalizer = normalizers.NFC()
 
 
 def _read_json_object(path: Path) -> dict[str, Any] | None:

@@ -132,7 +132,7 @@ def test_ranks_see_the_order_that_one_process_sees_and_refuse_together(
         (tmp_path / f"bad{suffix}").write_bytes(Path(f"{data_set}{suffix}").read_bytes()[:-1])
     train, valid, _ = build(good)
     alone = [sample_ids(train, 40), sample_ids(valid, 2)]
-    results = run_ranks(samples_of_two_blends, 2, good, [(1.0, str(tmp_path / "bad"))], str(tmp_path))
+    results = run_ranks(samples_of_two_blends, 2, good, [(1.0, str(tmp_path / "bad"))], str(tmp_path), timeout=300)
     for samples, refusal in results:
         assert samples == alone
         assert "bad.idx" in refusal

@@ -246,6 +246,15 @@ def test_bad_folders_are_refused_by_name(tokenizer, tmp_path):
         QwenTokenizer.load(tmp_path)
 
 
+def test_a_qwen_tokenizer_that_lost_its_normalizer_gets_it_back(tokenizer, tmp_path, caplog):
+    tokenizer.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "normalizer": None}))
+    assert QwenTokenizer.load(tmp_path).encode("e\u0301") == tokenizer.encode("\u00e9")
+    assert "using NFC" in caplog.text
+    assert QwenTokenizer.load(path).encode("e\u0301") != tokenizer.encode("\u00e9")  # the file alone means itself
+
+
 def test_a_tokenizer_without_endoftext_is_refused(tmp_path):
     from tokenizers import Tokenizer
     from tokenizers.models import BPE
