@@ -20,7 +20,15 @@ _PUBLIC = {
     "ParallelLayout": "megatron_qwen.parallel.layout",
 }
 
-__all__ = ["QWEN_LAYER_SPEC", "ParallelLayout", "QwenConfig", "__version__", "build_model", "get_qwen_layer_spec", "load_model"]
+__all__ = [
+    "QWEN_LAYER_SPEC",
+    "ParallelLayout",
+    "QwenConfig",
+    "__version__",
+    "build_model",
+    "get_qwen_layer_spec",
+    "load_model",
+]
 
 if TYPE_CHECKING:
     from megatron_qwen.conversion.run import load_model

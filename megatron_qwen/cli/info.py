@@ -190,8 +190,8 @@ def _summary(config: QwenConfig) -> dict[str, Any]:
     from megatron_qwen.model.parameters import count_parameters
 
     count = count_parameters(config)
-    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "num_experts")
-    names = (*names, "num_experts_per_tok", "vocab_size", "tie_word_embeddings")
+    names = ["num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads"]
+    names += ["num_experts", "num_experts_per_tok", "vocab_size", "tie_word_embeddings"]
     return {
         "parameters": count.total,
         "active_parameters": count.active,
