@@ -10,6 +10,7 @@ import importlib
 import logging
 import os
 import sys
+import warnings
 
 import typer
 
@@ -36,6 +37,8 @@ def main() -> None:
     """Run the command line; a QwenError becomes one line on stderr and its exit code."""
     level = os.environ.get("MEGATRON_QWEN_LOG", "WARNING").upper()
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    # Megatron-Core says so at each of a dozen imports; `doctor` says it once, with what it means.
+    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*not installed.*Falling back")
     try:
         build_app()()
     except QwenError as error:

@@ -50,13 +50,13 @@ SCRATCH_RUNS = (
         name="dense",
         model="tiny",
         nproc=4,
-        options=("--tp", "2", "--pp", "2", "--steps", "160", "--micro-batch-size", "8", "--global-batch-size", "16"),
+        options=("--tp", "2", "--pp", "2", "--steps", "240", "--micro-batch-size", "8", "--global-batch-size", "16"),
     ),
     TrainingRun(
         name="moe",
         model="tiny-moe",
         nproc=2,
-        options=("--ep", "2", "--steps", "120", "--micro-batch-size", "8", "--global-batch-size", "16"),
+        options=("--ep", "2", "--steps", "180", "--micro-batch-size", "8", "--global-batch-size", "16"),
     ),
 )
 
@@ -181,7 +181,7 @@ def prepare_text(tour: Tour, model: Path | None, text: list[Path] | None) -> tup
 
 def measure_unigram_entropy(data: Path) -> float:
     """Return the entropy of the token frequencies of `data`, in nats per token."""
-    from megatron_qwen.data.blend import unigram_entropy
+    from megatron_qwen.data.summary import unigram_entropy
 
     return unigram_entropy(data)
 
@@ -266,8 +266,8 @@ def check_outcome(run: TrainingRun, outcome: Outcome, entropy: float) -> None:
 def summarise(tour: Tour, outcomes: list[Outcome], entropy: float, seconds: float) -> None:
     """Print the table of outcomes and write it to `summary.json`."""
     table = Table(title=f"quickstart: {seconds:.0f} s, unigram entropy of the text {entropy:.3f} nats")
-    for column in ("", "first loss", "last loss", "tokens/s", "logits vs transformers", "loss curve"):
-        table.add_column(column)
+    for column in ("", "first loss", "last loss", "tokens/s", "logits vs transformers"):
+        table.add_column(column, justify="right" if column else "left")
     for outcome in outcomes:
         table.add_row(
             outcome.name,
@@ -275,10 +275,11 @@ def summarise(tour: Tour, outcomes: list[Outcome], entropy: float, seconds: floa
             f"{outcome.last_loss:.3f}",
             f"{outcome.tokens_per_second:,.0f}",
             f"{outcome.parity_error:.1e} of range",
-            outcome.loss_curve,
         )
     tour.console.print(table)
     for outcome in outcomes:
-        tour.console.print(f"[bold]{outcome.name}[/] continues {SEED_PROMPT!r}: {outcome.text!r}", highlight=False)
+        tour.console.print(f"[bold]{outcome.name}[/] loss curve {outcome.loss_curve}, export {outcome.huggingface}")
+        tour.console.print(f"{outcome.name} continues {SEED_PROMPT!r}:", highlight=False)
+        tour.console.print(outcome.text, style="cyan", markup=False, highlight=False)
     record = {"seconds": seconds, "unigram_entropy": entropy, "runs": [vars(outcome) for outcome in outcomes]}
     (tour.out / "summary.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
