@@ -152,7 +152,9 @@ class Run:
             if logging_.eval_every and (self.step % logging_.eval_every == 0 or self.step == schedule.steps):
                 self.valid_loss = metrics["valid_loss"] = self._validate()
             self._log(StepMetrics(**metrics))
-            if (is_last and checkpoint.save_at_end) or (checkpoint.save_every and self.step % checkpoint.save_every == 0):
+            if (is_last and checkpoint.save_at_end) or (
+                checkpoint.save_every and self.step % checkpoint.save_every == 0
+            ):
                 self._save()
         return self._finish(is_interrupted=self.step < schedule.steps)
 
@@ -328,7 +330,8 @@ class Run:
         summary: list[TrainSummary | None] = [None]
         if groups.is_rank_zero():
             self.log.close()
-            self._plot()
+            if self.saved_step != self.step:
+                self._plot()
             summary = [self._summarize(is_interrupted)]
             assert summary[0] is not None
             text = json.dumps(summary[0].to_dict(), indent=2) + "\n"

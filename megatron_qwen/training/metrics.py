@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import logging
@@ -50,6 +51,7 @@ class Peak:
     source: str
 
 
+@functools.cache
 def device_peak(dtype: torch.dtype) -> Peak:
     """Return the peak of this rank's device: the data sheet's for a GPU we know, else a measured matrix product.
 

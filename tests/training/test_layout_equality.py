@@ -1,0 +1,160 @@
+"""Losses, auxiliary losses and gradient norms are those of one rank, whatever the layout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from megatron_qwen.recipes.pretrain import pretrain
+from megatron_qwen.testing.ranks import run_ranks
+from megatron_qwen.testing.tiny import tiny_dense, tiny_moe, write_tiny_hf
+from megatron_qwen.training.overrides import apply_overrides
+from megatron_qwen.training.recipe import Recipe
+
+RELATIVE = 1e-5
+STEPS = 5
+Curves = dict[str, list[float]]
+
+SP = "tp=2 sequence_parallel=true"
+# ranks -> model -> layouts
+LAYOUTS = {
+    1: {"dense": [""], "tied": [""], "moe": [""]},
+    2: {
+        "dense": ["tp=2", SP, "pp=2", "pp=2 vpp=2", "pp=2 pp_layout=3,1", "dp=2"],
+        "tied": ["pp=2"],
+        "moe": ["ep=2", SP, f"{SP} etp=1 ep=2", "pp=2 vpp=2", "dp=2"],
+    },
+    4: {"dense": ["tp=2 pp=2"], "moe": [f"{SP} ep=2", f"{SP} ep=2 etp=1"]},
+}
+EXHAUSTIVE = {
+    4: {
+        "dense": ["pp=4", "pp=2 vpp=2 tp=2", f"pp=2 {SP}", "pp=2 dp=2", "pp=2 vpp=2 dp=2"],
+        "tied": ["tp=2 pp=2", "pp=4", "pp=2 vpp=2 dp=2", f"{SP} dp=2"],
+        "moe": ["ep=4", "ep=2 pp=2", "ep=2 pp=2 vpp=2", f"{SP} pp=2", f"{SP} pp=2 ep=2 etp=1", f"{SP} dp=2"],
+    }
+}
+SWITCHES = {
+    "optimizer without sharding": ["optimizer.distributed=false"],
+    "overlapped": ["performance.overlap_grad_reduce=true", "performance.overlap_param_gather=true"],
+    "recompute full": ["performance.recompute=full"],
+    "recompute selective": ["performance.recompute=selective"],
+}
+
+
+def recipe_of(folder: str, data: str, tokenizer: str, out: str, changes: Sequence[str]) -> Recipe:
+    return apply_overrides(
+        pretrain(folder, ((1.0, data),), out, tokenizer=tokenizer),
+        [
+            "model.dtype=fp32",
+            "model.seq_length=16",
+            f"schedule.steps={STEPS}",
+            "schedule.micro_batch_size=1",
+            "schedule.global_batch_size=8",
+            "schedule.style=constant",
+            "schedule.warmup_steps=0",
+            "optimizer.lr=1e-3",
+            "checkpoint.save_at_end=false",
+            "logging.tensorboard=false",
+            *changes,
+        ],
+    )
+
+
+def train_each(recipes: list[Recipe]) -> list[Curves]:
+    """Run recipes one after another in the same processes; return their curves."""
+    from megatron.core import parallel_state
+
+    from megatron_qwen.parallel import groups
+    from megatron_qwen.training.loop import train
+
+    curves = []
+    for recipe in recipes:
+        train(recipe, resume=False)
+        lines = [json.loads(line) for line in (Path(recipe.out) / "metrics.jsonl").read_text().splitlines()]
+        names = [name for name in ("loss", "aux_loss", "grad_norm") if name in lines[0]]
+        curves.append({name: [line[name] for line in lines] for name in names})
+        # Another layout over the same process group: quicker than new processes.
+        parallel_state.destroy_model_parallel()
+        groups._active = None
+    return curves
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("weights")
+    configs = {
+        "dense": tiny_dense(vocab=320),
+        "tied": tiny_dense(vocab=320, tied=True),
+        "moe": tiny_moe(vocab=320, router_aux_loss_coef=0.05),
+    }
+    return {name: str(write_tiny_hf(folder / name, config)) for name, config in configs.items()}
+
+
+@pytest.fixture(scope="module")
+def curves_at(weights, corpus, tmp_path_factory):
+    """Return a function: (ranks, {model: [changes of one run, ...]}) -> {model: [curves, ...]}; one rank is run once."""
+
+    def run(ranks: int, grid: dict[str, list[list[str]]]) -> dict[str, list[Curves]]:
+        out = tmp_path_factory.mktemp(f"runs-{ranks}", numbered=True)
+        jobs = [(model, changes) for model, each in grid.items() for changes in each]
+        recipes = [
+            recipe_of(weights[model], corpus.prefix, corpus.tokenizer, str(out / str(index)), changes)
+            for index, (model, changes) in enumerate(jobs)
+        ]
+        results = run_ranks(train_each, ranks, recipes, timeout=400)[0]
+        found: dict[str, list[Curves]] = {model: [] for model in grid}
+        for (model, _), curves in zip(jobs, results, strict=True):
+            found[model].append(curves)
+        return found
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def one_rank(curves_at) -> dict[str, Curves]:
+    return {model: curves[0] for model, curves in curves_at(1, {model: [[]] for model in LAYOUTS[1]}).items()}
+
+
+def check(found: dict[str, list[Curves]], names: dict[str, list[str]], expected: dict[str, Curves]) -> None:
+    wrong = []
+    for model, runs in found.items():
+        for name, curves in zip(names[model], runs, strict=True):
+            assert curves.keys() == expected[model].keys()
+            for metric, values in curves.items():
+                if values != pytest.approx(expected[model][metric], rel=RELATIVE):
+                    wrong.append(f"{model} [{name}] {metric}: {values}, one rank: {expected[model][metric]}")
+    assert not wrong, "\n".join(wrong)
+
+
+def layouts_as_changes(layouts: dict[str, list[str]]) -> dict[str, list[list[str]]]:
+    return {
+        model: [[f"parallel.{field}" for field in layout.split()] for layout in each] for model, each in layouts.items()
+    }
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_layouts_train_like_one_rank(ranks, curves_at, one_rank):
+    check(curves_at(ranks, layouts_as_changes(LAYOUTS[ranks])), LAYOUTS[ranks], one_rank)
+
+
+@pytest.mark.multirank
+def test_switches_do_not_change_the_numbers(curves_at, one_rank):
+    grid = {model: list(SWITCHES.values()) for model in ("dense", "moe")}
+    check(curves_at(2, grid), {model: list(SWITCHES) for model in grid}, one_rank)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.multirank
+def test_wide_layouts_train_like_one_rank(curves_at, one_rank):
+    check(curves_at(4, layouts_as_changes(EXHAUSTIVE[4])), EXHAUSTIVE[4], one_rank)
+
+
+def test_the_comparison_can_fail(one_rank):
+    """The losses move and differ between models, and the auxiliary loss is there: equal curves mean something."""
+    assert one_rank["moe"]["aux_loss"][0] > 2.0
+    assert abs(one_rank["dense"]["loss"][0] / one_rank["dense"]["loss"][-1] - 1) > 100 * RELATIVE
+    assert one_rank["dense"]["loss"] != pytest.approx(one_rank["tied"]["loss"], rel=RELATIVE)
