@@ -29,7 +29,9 @@ class Outcome:
     error: BaseException | None = None
 
 
-def run_forked(function: Callable[..., Any], nproc: int, *args: Any, timeout: float = 60) -> list[Outcome]:
+def run_forked(
+    function: Callable[..., Any], nproc: int, *args: Any, timeout: float = 180, until: int | None = None
+) -> list[Outcome]:
     """Call `function(*args)` on `nproc` ranks and return how each ended, by rank.
 
     The ranks find torchrun's environment set, and Megatron imported on the CPU platform. They inherit the environment
@@ -40,6 +42,7 @@ def run_forked(function: Callable[..., Any], nproc: int, *args: Any, timeout: fl
         nproc: number of ranks.
         args: given to every rank.
         timeout: seconds until ranks that still run are killed.
+        until: kill the others when this rank has ended, for tests in which one of them is stuck.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["megatron_qwen.testing.warm"])
@@ -51,10 +54,9 @@ def run_forked(function: Callable[..., Any], nproc: int, *args: Any, timeout: fl
         for process in ranks:
             process.start()
         deadline = time.monotonic() + timeout
-        outcomes = []
-        for rank, process in enumerate(ranks):
+        for process in ranks if until is None else [ranks[until]]:
             process.join(max(0.0, deadline - time.monotonic()))
-            outcomes.append(_outcome(Path(folder), rank, process.exitcode))
+        outcomes = [_outcome(Path(folder), rank, process.exitcode) for rank, process in enumerate(ranks)]
         for process in ranks:
             process.kill()
             process.join()

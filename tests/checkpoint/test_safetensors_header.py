@@ -144,7 +144,9 @@ def test_header_length_beyond_the_limit_or_the_file_is_refused(tmp_path: Path, l
         read_header(path)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(edits=st.lists(st.tuples(st.integers(0, 400), st.binary(min_size=0, max_size=3), st.integers(0, 3)), max_size=4))
 def test_mutated_file_is_refused_or_read_as_safetensors_reads_it(tmp_path: Path, edits: list) -> None:
     path = tmp_path / "fuzz.safetensors"
@@ -171,7 +173,9 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(
     header=st.dictionaries(
         st.sampled_from(["a", "b", "__metadata__"]),

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -138,21 +137,17 @@ def test_stock_dist_checkpointing_loads_a_step(two_steps: Path) -> None:
     assert (right == expect(2.5)[:, 3:]).all()
 
 
-def save_and_look_for_children(root: Path) -> tuple[list[str], float]:
+def save_and_look_for_children(root: Path) -> list[str]:
     import psutil
 
     start()
     store = CheckpointStore(root)
     store.save(1, toy_state(1.0), common={})
-    begin = time.perf_counter()
-    store.save(2, toy_state(1.0), common={})
-    return [child.name() for child in psutil.Process().children()], time.perf_counter() - begin
+    return [child.name() for child in psutil.Process().children(recursive=True)]
 
 
-def test_save_starts_no_processes(tmp_path: Path) -> None:
-    for children, seconds in results(run_forked(save_and_look_for_children, 2, tmp_path / "run")):
-        assert children == []
-        assert seconds < 1.5  # a manager process alone takes longer to start
+def test_save_leaves_no_processes_behind(tmp_path: Path) -> None:
+    assert results(run_forked(save_and_look_for_children, 2, tmp_path / "run")) == [[], []]
 
 
 def latest(root: Path) -> tuple[tuple[int, Path] | None, list[str]]:
@@ -250,7 +245,7 @@ def test_tensors_left_over_are_an_error_unless_a_part_is_asked_for(two_steps: Pa
     assert (results(run_forked(load_part, 2, two_steps, True))[0] == 2.5).all()
 
 
-def test_retention_keeps_the_last_steps_and_never_the_last_verified_one_only(tmp_path: Path) -> None:
+def test_retention_keeps_the_last_steps_and_never_deletes_the_one_just_saved(tmp_path: Path) -> None:
     root = tmp_path / "run"
     results(run_forked(save_steps, 2, root, {1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0}, 2))
     assert sorted(path.name for path in root.glob("iter_*")) == ["iter_0000003", "iter_0000004"]

@@ -55,7 +55,7 @@ def state(fill: float | None) -> dict[str, Any]:
     return {"split": ShardedTensor.from_rank_offsets("split", part, (1, rank, ranks)), **({"lr": fill} if fill else {})}
 
 
-def start(timeout: float = 5) -> int:
+def start(timeout: float = 120) -> int:
     import datetime
 
     import torch.distributed as dist
@@ -64,9 +64,9 @@ def start(timeout: float = 5) -> int:
     return dist.get_rank()
 
 
-def save(root: Path, step: int, armed: str | None = None, keep_last: int | None = 1) -> None:
-    start()
-    store = CheckpointStore(root, keep_last=keep_last)
+def save(root: Path, step: int, armed: str | None = None, timeout: float = 120) -> None:
+    start(timeout)
+    store = CheckpointStore(root, keep_last=1)
     with store.lock():
         failpoints.arm(armed)
         store.save(step, state(float(step)), common={"step": step})
@@ -102,7 +102,7 @@ def recover(root: Path) -> tuple[Any, ...]:
 
 def fill_the_disk_at_each_point(first: Path, folder: Path) -> dict[str, Any]:
     """Save with ENOSPC at each point in turn; return by point what was raised, and what was left and loads."""
-    rank = start(60)
+    rank = start()
     seen = {}
     for point in sorted(POINTS):
         root = folder / point
@@ -177,7 +177,7 @@ KILLS = [(point, 0) for point in sorted(POINTS)] + [(point, 1) for point in sort
 
 @pytest.mark.parametrize(("point", "rank"), KILLS)
 def test_rank_killed_during_a_save_leaves_a_whole_step(run: Path, point: str, rank: int) -> None:
-    outcomes = run_forked(save, 2, run, 2, f"{point}:1:kill:{rank}", timeout=40)
+    outcomes = run_forked(save, 2, run, 2, f"{point}:1:kill:{rank}")
     assert outcomes[rank].status == -signal.SIGKILL
     assert outcomes[1 - rank].status == 1, "the other rank neither hung nor carried on"
     # After hashing, rank 1 has no part left in the step, which rank 0 completes.
@@ -197,13 +197,13 @@ def test_disk_full_at_any_point_is_a_storage_error_and_leaves_a_whole_step(first
 
 
 def test_rank_that_raises_between_collectives_fails_all_ranks(run: Path) -> None:
-    outcomes = run_forked(save, 2, run, 2, "save.hashed:1:raise", timeout=40)
+    outcomes = run_forked(save, 2, run, 2, "save.hashed:1:raise")
     assert [outcome.status for outcome in outcomes] == [1, 1]
     check_survivor(run, complete=False)
 
 
 def test_stuck_rank_fails_the_others_within_the_timeout(run: Path) -> None:
-    outcomes = run_forked(save, 2, run, 2, "save.staged:1:stop:1", timeout=12)  # collectives time out after 5
+    outcomes = run_forked(save, 2, run, 2, "save.staged:1:stop:1", 5.0, until=0)
     assert outcomes[1].status is None
     assert outcomes[0].status == 1
     check_survivor(run, complete=False)
@@ -323,7 +323,7 @@ def test_malicious_pickle_is_refused_and_never_runs(tmp_path: Path, where: str) 
 
 
 def hold(root: Path, release: Path) -> None:
-    start(60)
+    start()
     with CheckpointStore(root).lock():
         (root / "held").touch()
         while not release.exists():

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from training_runs import (
     BATCH,
@@ -24,7 +31,7 @@ from training_runs import (
 )
 
 from megatron_qwen.data.tokenizer import QwenTokenizer
-from megatron_qwen.errors import ConfigError, MismatchError
+from megatron_qwen.errors import ConfigError, MismatchError, RankFailure
 from megatron_qwen.testing.forked import run_forked
 
 pytestmark = pytest.mark.multirank
@@ -53,7 +60,7 @@ def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
         if name not in done:
             done[name] = tmp_path_factory.mktemp("whole") / name
             ranks, _, _ = LAYOUTS[name]
-            results(run_forked(train, ranks, values_of(name, data, done[name]), timeout=120))
+            results(run_forked(train, ranks, values_of(name, data, done[name])))
         return done[name]
 
     return run
@@ -82,10 +89,10 @@ def test_run_killed_while_training_resumes_bit_for_bit(
     """In bf16, with dropout, accumulation and clipping; killed after step 3, which is past the checkpoint of step 2."""
     values = values_of(name, data, tmp_path / "run")
     ranks, _, _ = LAYOUTS[name]
-    killed = run_forked(train, ranks, values, None, 3, timeout=120)
+    killed = run_forked(train, ranks, values, None, 3)
     assert killed[0].status == -signal.SIGKILL
     assert killed[1].status == 1
-    summary = results(run_forked(train, ranks, values, timeout=120))[0]
+    summary = results(run_forked(train, ranks, values))[0]
     assert summary["resumed_from"] == 2
     assert_equal_to_the_bit(tmp_path / "run", uninterrupted(name))
 
@@ -115,9 +122,9 @@ def test_run_killed_while_saving_resumes_bit_for_bit(
     values = values_of("dp2", data, tmp_path / "run")
     # commit.* points are passed once more, by the hf/ folder at the start of the run.
     nth = 3 if point.startswith("commit.") else 2
-    killed = run_forked(train, 2, values, f"{point}:{nth}:kill:0", timeout=120)
+    killed = run_forked(train, 2, values, f"{point}:{nth}:kill:0")
     assert killed[0].status == -signal.SIGKILL
-    summary = results(run_forked(train, 2, values, timeout=120))[0]
+    summary = results(run_forked(train, 2, values))[0]
     is_complete = point in ("commit.renamed", "save.committed", "save.tracked")
     assert summary["resumed_from"] == (4 if is_complete else 2)
     assert_equal_to_the_bit(tmp_path / "run", uninterrupted("dp2"))
@@ -128,7 +135,7 @@ def test_stopped_run_resumes_bit_for_bit_mid_epoch_and_at_epoch_end(
 ) -> None:
     values = values_of("dp2", data, tmp_path / "run")
     for stop, resumed_from in ((3, None), (EPOCH_END, 3), (None, EPOCH_END)):
-        (summary, _) = results(run_forked(train_until, 2, values, stop, timeout=120))
+        (summary, _) = results(run_forked(train_until, 2, values, stop))
         assert summary["resumed_from"] == resumed_from
     assert_equal_to_the_bit(tmp_path / "run", uninterrupted("dp2"))
 
@@ -151,7 +158,7 @@ def test_run_goes_on_from_the_newest_step_that_verifies(
         raw = bytearray(shard.read_bytes())
         raw[len(raw) // 2] ^= 4
         shard.write_bytes(raw)
-    (summary, _) = results(run_forked(train, 2, values_of("dp2", data, out), timeout=120))
+    (summary, _) = results(run_forked(train, 2, values_of("dp2", data, out)))
     assert summary["resumed_from"] == 2
     assert_equal_to_the_bit(out, whole)
 
@@ -168,12 +175,12 @@ def test_elastic_resume_on_one_rank_keeps_every_bit_of_the_state_and_the_data_or
     layout: dict[str, Any], data: Path, tmp_path: Path
 ) -> None:
     whole, out = tmp_path / "whole", tmp_path / "run"
-    results(run_forked(train, 2, exact_values(data, whole, **layout), timeout=120))
+    results(run_forked(train, 2, exact_values(data, whole, **layout)))
     shutil.copytree(whole, out)
     shutil.rmtree(out / f"iter_{STEPS:07d}")
     shutil.rmtree(out / "iter_0000004")
     original = whole / "iter_0000002"
-    ((differing, summary, lines),) = results(run_forked(reshard, 1, exact_values(data, out), original, timeout=120))
+    ((differing, summary, lines),) = results(run_forked(reshard, 1, exact_values(data, out), original))
     assert differing == []
     assert summary["resumed_from"] == 2
     changed = next(iter(layout), "dp")
@@ -189,7 +196,7 @@ def test_elastic_resume_on_one_rank_keeps_every_bit_of_the_state_and_the_data_or
 @pytest.fixture(scope="module")
 def stopped(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("stopped") / "run"
-    results(run_forked(train_until, 1, options(data, out), 1, timeout=120))
+    results(run_forked(train_until, 1, options(data, out), 1))
     return out
 
 
@@ -217,7 +224,7 @@ def test_changed_run_is_refused_with_a_diff_unless_the_change_is_allowed(
         "optimizer": "optimizer.lr: saved ",
         "schedule": f"schedule.steps: saved {STEPS}, now {STEPS + 1}",
     }
-    (raised,) = results(run_forked(try_changes, 1, options(data, stopped), changes, timeout=180))
+    (raised,) = results(run_forked(try_changes, 1, options(data, stopped), changes))
     for part, diff in diffs.items():
         error = raised[part]
         assert isinstance(error, MismatchError), (part, error)
@@ -234,6 +241,60 @@ def test_allowed_change_is_accepted_and_a_misspelt_one_is_not(data: Path, stoppe
     out = Path(shutil.copytree(stopped, tmp_path / "run"))
     changed = {**options(data, out), "seed": 7}
     with pytest.raises(ConfigError, match=r"--allow-changed sed: .* did you mean seed\?"):
-        results(run_forked(train_allowing, 1, changed, ("sed",), timeout=120))
-    (summary,) = results(run_forked(train_allowing, 1, changed, ("seed",), timeout=120))
+        results(run_forked(train_allowing, 1, changed, ("sed",)))
+    (summary,) = results(run_forked(train_allowing, 1, changed, ("seed",)))
     assert (summary["resumed_from"], summary["steps"]) == (1, 2)
+
+
+def run_command(values: dict[str, Any], folder: Path, failpoint: str = "") -> subprocess.Popen[str]:
+    """Start the command as a user would, on two ranks of its own."""
+    recipe = folder / "recipe.json"
+    recipe.write_text(json.dumps(values))
+    environment = {**os.environ, "MEGATRON_QWEN_FAILPOINT": failpoint, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "megatron_qwen", "train", "pretrain", "--recipe", str(recipe), "--nproc", "2"]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def kill_whole_job(command: subprocess.Popen[str]) -> None:
+    processes = [*psutil.Process(command.pid).children(recursive=True), psutil.Process(command.pid)]
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=10)
+    command.communicate()
+
+
+def test_command_killed_with_signal_9_resumes_bit_for_bit(
+    data: Path, tmp_path: Path, uninterrupted: Callable[[str], Path]
+) -> None:
+    """First rank 1 dies in a save, then the whole job dies in training, then it runs to the end."""
+    out = tmp_path / "run"
+    values = values_of("dp2", data, out)
+
+    first = run_command(values, tmp_path, "save.shards_written:1:kill:1")
+    output, _ = first.communicate(timeout=200)
+    assert first.returncode == RankFailure.exit_code, output
+    assert "rank 1" in output
+    assert not list(out.glob("iter_*[0-9]/manifest.json"))
+
+    second = run_command(values, tmp_path)
+    deadline = time.monotonic() + 200
+    try:
+        while not (out / "metrics.jsonl").exists() or len(metrics_so_far(out)) < 3:
+            assert second.poll() is None, second.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        kill_whole_job(second)
+
+    third = run_command(values, tmp_path)
+    output, _ = third.communicate(timeout=200)
+    assert third.returncode == 0, output
+    assert "resumed from step" in output
+    assert_equal_to_the_bit(out, uninterrupted("dp2"))
+
+
+def metrics_so_far(out: Path) -> list[str]:
+    """Complete lines; those of the first, killed run stay until the second has started."""
+    lines = (out / "metrics.jsonl").read_text().split("\n")[:-1]
+    return lines if (out / "iter_0000002").is_dir() else []
