@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from typing import Any
 
 import torch
@@ -16,6 +17,11 @@ from megatron_qwen.model.spec import block_spec, resolve_backend
 from megatron_qwen.parallel import groups
 from megatron_qwen.parallel.device import current_device, install_cpu_platform
 from megatron_qwen.parallel.layout import ParallelLayout
+
+logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(
+    # megatron-core 0.19 says this at every construction; this project supports the versions that have GPTModel.
+    lambda record: not record.getMessage().startswith("GPTModel IS DEPRECATED")
+)
 
 
 def build_model(

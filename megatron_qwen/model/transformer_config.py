@@ -7,6 +7,7 @@ layout), and everything else, for which there are defaults here and which `overr
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,7 +48,10 @@ def make_transformer_config(
     impl = overrides.get("transformer_impl") or ("transformer_engine" if transformer_engine_by_default() else "local")
     fields = _defaults(config, layout, impl) | _as_parsed(layout) | overrides | {"transformer_impl": impl}
     try:
-        result = TransformerConfig(**(fields | fixed))
+        with warnings.catch_warnings():
+            # Said of the field's own default, in every model.
+            warnings.filterwarnings("ignore", message="full scope is deprecated")
+            result = TransformerConfig(**(fields | fixed))
     except (ValueError, AssertionError) as error:
         raise ConfigError(f"megatron-core refuses this configuration: {error}") from error
     for name, value in yarn_fields(config.rope_scaling).items():
@@ -134,8 +138,9 @@ def _defaults(config: QwenConfig, layout: ParallelLayout, impl: str) -> dict[str
 def _as_parsed(layout: ParallelLayout) -> dict[str, Any]:
     """Return what Megatron-LM's argument parser sets in every model, so that its configurations equal ours.
 
-    None of it changes a result here: outputs are deallocated between pipeline stages only, `cp_comm_type` is read with
-    context parallelism only, the seed by Megatron's inference engine only, and one weight shard per rank is the default.
+    None of it changes a result here: outputs are deallocated between pipeline stages only, `cp_comm_type` is
+    read with context parallelism only, the seed by Megatron's inference engine only, and one weight shard
+    per rank is the default.
     """
     from megatron.core.transformer.transformer_config import TransformerConfig
 
