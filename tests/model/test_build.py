@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -152,3 +155,11 @@ def test_layout_other_than_the_running_one_is_refused():
 def test_one_chunk_without_interleaving_and_padded_rows_by_tensor_parallel_size():
     assert len(build_model_chunks(tiny_dense())) == 1
     assert padded_vocab_size(tiny_dense(vocab=131), ParallelLayout(tp=4)) == 132
+
+
+def test_importing_the_spec_installs_no_cpu_platform():
+    code = (
+        "import torch; before = torch.Tensor.cuda; import megatron_qwen.model.spec; import sys; "
+        "sys.exit(torch.Tensor.cuda is not before or any('_Megatron' in type(f).__name__ for f in sys.meta_path))"
+    )
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], timeout=120).returncode == 0
