@@ -11,7 +11,30 @@ import pytest
 from megatron_qwen.data.prepare import prepare
 from megatron_qwen.data.tokenizer import QwenTokenizer
 
-WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau".split()
+WORDS = [
+    "alpha",
+    "beta",
+    "gamma",
+    "delta",
+    "epsilon",
+    "zeta",
+    "eta",
+    "theta",
+    "iota",
+    "kappa",
+    "lambda",
+    "mu",
+    "nu",
+    "xi",
+    "omicron",
+    "pi",
+    "rho",
+    "sigma",
+    "tau",
+]
+
+# A letter that no word has, in one document only: one token that some batches hold and most do not.
+RARE = "q"
 
 
 class Corpus(NamedTuple):
@@ -26,6 +49,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     folder = tmp_path_factory.mktemp("corpus")
     generator = random.Random(0)
     texts = [" ".join(generator.choices(WORDS, k=generator.randint(20, 90))) for _ in range(60)]
+    texts[30] += f" {RARE} " + texts[0]
     (folder / "text").mkdir()
     for index, text in enumerate(texts):
         (folder / "text" / f"{index}.txt").write_text(text)

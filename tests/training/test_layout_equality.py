@@ -95,7 +95,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def curves_at(weights, corpus, tmp_path_factory):
-    """Return a function: (ranks, {model: [changes of one run, ...]}) -> {model: [curves, ...]}; one rank is run once."""
+    """Return a function: (ranks, {model: [changes of one run, ...]}) -> {model: [curves, ...]}."""
 
     def run(ranks: int, grid: dict[str, list[list[str]]]) -> dict[str, list[Curves]]:
         out = tmp_path_factory.mktemp(f"runs-{ranks}", numbered=True)
