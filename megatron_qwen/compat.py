@@ -132,6 +132,12 @@ def async_save_arguments() -> dict[str, str]:
     return {"async_strategy": "mcore"} if megatron_version() >= Version("0.17") else {}
 
 
+def reads_common_state_from_shards() -> bool:
+    """Whether this Megatron-Core opens a `torch_dist` folder without common.pt, as 0.19 writes it; 0.16 does not."""
+    serialization = importlib.import_module("megatron.core.dist_checkpointing.serialization")
+    return hasattr(serialization, "_legacy_common_state_exists")
+
+
 def inference_mode() -> contextlib.AbstractContextManager[None]:
     """Return a context in which Megatron-Core's modules know that they generate text.
 

@@ -68,6 +68,8 @@ def initialize(layout: ParallelLayout, *, seed: int = 1234, timeout_seconds: flo
 
 
 def _start_process_group(timeout: datetime.timedelta) -> None:
+    # Ranks start minutes apart on a busy machine or file system; that is no sign of a dead peer.
+    patience = max(timeout, datetime.timedelta(minutes=5))
     if dist.is_initialized():
         return
     _follow_launcher()
@@ -75,7 +77,9 @@ def _start_process_group(timeout: datetime.timedelta) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(current_device())
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(communication_backend(), timeout=timeout)
+        dist.init_process_group(communication_backend(), timeout=patience)
+        dist.barrier()
+        dist.distributed_c10d._set_pg_timeout(timeout)
     else:
         dist.init_process_group(communication_backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)  # type: ignore[attr-defined]
 

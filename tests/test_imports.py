@@ -1,0 +1,105 @@
+"""The light import, and the one direction in which layers may import one another."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "megatron_qwen"
+HEAVY = ("torch", "megatron", "transformers", "triton")
+
+# What each layer must not import; `cli` and `testing` may use everything.
+UPPER = {"cli", "recipes", "training", "conversion", "inference", "evaluation", "quantization", "benchmark"}
+FORBIDDEN = {
+    "errors": UPPER | {"model", "ops", "kernels", "parallel", "checkpoint", "data", "testing", "compat"},
+    "compat": UPPER | {"model", "ops", "kernels", "checkpoint", "data", "testing"},
+    "kernels": UPPER | {"model", "parallel", "checkpoint", "data", "testing"},
+    "ops": UPPER | {"model", "checkpoint", "data", "testing"},
+    "model": UPPER | {"checkpoint", "data", "testing"},
+    "parallel": UPPER | {"model", "ops", "kernels", "checkpoint", "data", "testing"},
+    "checkpoint": UPPER | {"model", "ops", "kernels", "data"},
+    "data": UPPER | {"model", "ops", "kernels"},
+    "planning": UPPER | {"model", "ops", "kernels", "checkpoint", "data", "testing"},
+    "conversion": {"cli", "recipes", "training"},
+    "inference": {"cli", "recipes", "training"},
+    "training": {"cli"},
+    "recipes": {"cli"},
+    "benchmark": {"cli"},
+    "evaluation": {"cli", "recipes"},
+    "quantization": {"cli", "recipes"},
+}
+
+
+def imported_names(source: str, module: str) -> set[str]:
+    """Dotted names that a module's import statements name, inside functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = ".".join([*module.split(".")[: -node.level], *([base] if base else [])])
+            names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def violations(source: str, module: str) -> list[str]:
+    layer = module.split(".")[1]
+    barred = FORBIDDEN.get(layer, set())
+    return sorted(
+        name
+        for name in imported_names(source, module)
+        if name.startswith("megatron_qwen.") and name.split(".")[1] in barred
+    )
+
+
+def modules() -> list[Path]:
+    return sorted(
+        path for path in PACKAGE.rglob("*.py") if len(path.relative_to(PACKAGE).parts) > 1 or path.stem in FORBIDDEN
+    )
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_layers_point_one_way(path: Path) -> None:
+    module = ".".join(["megatron_qwen", *path.relative_to(PACKAGE).with_suffix("").parts])
+    assert violations(path.read_text(), module) == []
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "from megatron_qwen.training import loop",
+        "import megatron_qwen.cli.app",
+        "def f():\n    from megatron_qwen import conversion",
+        "from ..training.loop import train",
+    ],
+)
+def test_the_check_sees_every_form_of_import(statement: str) -> None:
+    assert violations(statement, "megatron_qwen.model.build")
+
+
+def test_the_layout_rules_know_no_torch() -> None:
+    names = imported_names((PACKAGE / "parallel" / "layout.py").read_text(), "megatron_qwen.parallel.layout")
+    assert not {name.split(".")[0] for name in names} & set(HEAVY)
+
+
+@pytest.mark.parametrize(
+    "statement", ["import megatron_qwen", "from megatron_qwen.parallel.layout import check_layout"]
+)
+def test_import_is_light(statement: str, tmp_path: Path) -> None:
+    code = (
+        f"import sys, time; start = time.process_time(); {statement}; seconds = time.process_time() - start; "
+        f"print(seconds, [name for name in {HEAVY} if name in sys.modules])"
+    )
+    environment = {"PYTHONPATH": str(PACKAGE.parent), "PATH": "/usr/bin:/bin"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    seconds, loaded = run.stdout.split(maxsplit=1)
+    assert loaded.strip() == "[]"
+    assert float(seconds) < 0.3
