@@ -16,8 +16,9 @@ ODD = 0.1 + 0.2
 
 def metrics(step: int, **changes) -> StepMetrics:
     values = {
-        "step": step, "samples": 16 * step, "tokens": 2048 * step, "loss": ODD / step, "aux_loss": None, "grad_norm": 1 / 3,
-        "lr": 1e-5, "is_applied": True, "seconds": 0.5, "tokens_per_second": 4096.0, "tflops": 1.5, "mfu": 0.25,
+        "step": step, "samples": 16 * step, "tokens": 2048 * step, "loss": ODD / step, "aux_loss": None,
+        "grad_norm": 1 / 3, "lr": 1e-5, "is_applied": True, "seconds": 0.5, "tokens_per_second": 4096.0,
+        "tflops": 1.5, "mfu": 0.25,
     }  # fmt: skip
     return StepMetrics(**(values | changes))
 

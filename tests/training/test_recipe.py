@@ -108,7 +108,7 @@ def test_every_problem_of_a_group_is_named():
 def test_a_bad_file_is_refused_with_its_name(tmp_path, text):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match="recipe.yaml"):
+    with pytest.raises(ConfigError, match=r"recipe\.yaml"):
         load_recipe(path)
     with pytest.raises(ConfigError, match="does not exist"):
         load_recipe(tmp_path / "missing.yaml")
