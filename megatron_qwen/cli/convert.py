@@ -12,8 +12,8 @@ import typer
 from megatron_qwen.errors import ConfigError, MismatchError
 
 if TYPE_CHECKING:
+    from megatron_qwen.conversion.comparison import VerifyReport
     from megatron_qwen.conversion.run import ConversionReport
-    from megatron_qwen.conversion.verify import VerifyReport
 
 _DtypeOption = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16; default: that of each tensor in the input.")
@@ -90,7 +90,7 @@ def verify_command(
     as_json: _JsonOption = False,
 ) -> None:
     """Compare two checkpoints bit for bit; exit code 3 if they differ."""
-    from megatron_qwen.conversion.verify import compare_logits, verify
+    from megatron_qwen.conversion.comparison import compare_logits, verify
 
     report = verify(a, b)
     outcome = compare_logits(a, b) if logits else None

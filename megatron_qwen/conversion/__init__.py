@@ -13,8 +13,8 @@ _PUBLIC = {
     "read_config": "loading",
     "plan_export": "plan",
     "plan_import": "plan",
-    "verify": "verify",
-    "compare_logits": "verify",
+    "verify": "comparison",
+    "compare_logits": "comparison",
 }
 
 __all__ = sorted(_PUBLIC)

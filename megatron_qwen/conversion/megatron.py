@@ -16,6 +16,7 @@ import io
 import json
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -210,11 +211,15 @@ def write_torch_dist(
         iteration: for the common state.
     """
     planner = _StreamingPlanner(plan, read)
-    writer = _Writer(folder, single_file_per_rank=False, thread_count=_WRITER_THREADS, sync_files=False)
+    # One plan and one file per thread, as if each were a rank: torch's own writer threads lose their exceptions.
+    writer = _Writer(folder, single_file_per_rank=True, thread_count=1, sync_files=False)
     writer.set_up_storage_writer(True)
-    global_plans, metadata = planner.create_global_plan([writer.prepare_local_plan(planner.create_local_plan())])
-    results = writer.write_data(writer.prepare_global_plan(global_plans)[0], planner).wait()
-    writer.finish(metadata, [results])
+    plans = [writer.prepare_local_plan(plan) for plan in planner.create_local_plans(_WRITER_THREADS)]
+    plans, metadata = planner.create_global_plan(plans)
+    plans = writer.prepare_global_plan(plans)
+    with ThreadPoolExecutor(max_workers=_WRITER_THREADS) as pool:
+        results = list(pool.map(lambda each: writer.write_data(each, planner).wait(), plans))
+    writer.finish(metadata, results)
     common = {"args": common_args(plan.config), "checkpoint_version": 3.0, "iteration": iteration}
     torch.save(common, folder / "common.pt")
     (folder / "metadata.json").write_text(json.dumps(METADATA_JSON), encoding="utf-8")
@@ -275,20 +280,29 @@ class _StreamingPlanner(SavePlanner):
         assert not state_dict
 
     def create_local_plan(self) -> SavePlan:
-        tensors = [_write_item(index, item) for index, item in self._items.items()]
-        objects = [WriteItem(index=MetadataIndex(key), type=WriteItemType.BYTE_IO) for key in self._objects]
-        return SavePlan([*tensors, *objects])
+        (plan,) = self.create_local_plans(1)
+        return plan
+
+    def create_local_plans(self, parts: int) -> list[SavePlan]:
+        """Return what to write in parts of about equal bytes."""
+        lists: list[list[WriteItem]] = [[] for _ in range(parts)]
+        lists[0] += [WriteItem(index=MetadataIndex(key), type=WriteItemType.BYTE_IO) for key in self._objects]
+        filled = [0] * parts
+        for index, item in sorted(self._items.items(), key=lambda pair: -pair[1].target_bytes):
+            part = filled.index(min(filled))
+            lists[part].append(_write_item(index, item))
+            filled[part] += item.target_bytes
+        return [SavePlan(items) for items in lists]
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        (plan,) = all_plans
         described: dict[str, Any] = {}
-        for item in plan.items:
+        for item in (item for plan in all_plans for item in plan.items):
             if item.tensor_data is None:
                 described[item.index.fqn] = BytesStorageMetadata()
                 continue
             header = TensorStorageMetadata(item.tensor_data.properties, item.tensor_data.size, [])
             described.setdefault(item.index.fqn, header).chunks.append(item.tensor_data.chunk)
-        return [plan], Metadata(described)
+        return all_plans, Metadata(described)
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
         return new_plan
