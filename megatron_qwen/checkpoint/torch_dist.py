@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from megatron_qwen import compat
 from megatron_qwen.checkpoint import agreement
-from megatron_qwen.checkpoint.pickles import check_pickles, read_metadata
+from megatron_qwen.checkpoint.pickles import COMMON_NAME, check_pickles, read_metadata
 from megatron_qwen.checkpoint.strict_json import listing
 from megatron_qwen.errors import CorruptInputError, MismatchError, StorageError
 from megatron_qwen.testing import failpoints
@@ -122,6 +122,11 @@ def load_sharded(
 
     def inspect() -> tuple[set[str], set[str]]:
         metadata = read_metadata(folder)
+        if not (folder / COMMON_NAME).is_file() and not compat.reads_common_state_from_shards():
+            raise MismatchError(
+                f"{folder}: no {COMMON_NAME}: written by a newer megatron-core than the {compat.megatron_version()} "
+                "installed here, which cannot open it; use megatron-core 0.19 (Python 3.12 or newer)"
+            )
         check_pickles(folder, metadata, [item.unique_key for item in wanted if isinstance(item, ShardedObject)])
         _compare_tensors(wanted, metadata, folder, allow_cast)
         return {_stored_name(item) for item in wanted}, set(metadata.state_dict_metadata)

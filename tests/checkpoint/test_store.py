@@ -137,6 +137,24 @@ def test_stock_dist_checkpointing_loads_a_step(two_steps: Path) -> None:
     assert (right == expect(2.5)[:, 3:]).all()
 
 
+def load_without_common_file(step: Path) -> Any:
+    from megatron_qwen import compat
+
+    (step / "common.pt").unlink(missing_ok=True)
+    manifest.write_manifest(step)
+    return compat.reads_common_state_from_shards(), load_split(step.parent)
+
+
+def test_step_of_a_newer_megatron_is_read_or_refused_by_name(run: Path) -> None:
+    (outcome,) = run_forked(load_without_common_file, 1, run / "iter_0000020")
+    if outcome.status == 0:
+        assert outcome.result[0]
+        assert (outcome.result[1][0] == expect(2.5)).all()
+    else:
+        assert isinstance(outcome.error, MismatchError), outcome
+        assert "use megatron-core 0.19" in str(outcome.error)
+
+
 def save_and_look_for_children(root: Path) -> list[str]:
     import psutil
 
