@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.table import Table
 
 from megatron_qwen.benchmark.timing import Summary
 
-COLUMNS = ("contestant", "step ms (p10 .. p90)", "vs ours", "{unit}/s", "TFLOP/s", "MFU", "peak memory")
+COLUMNS = ("contestant", "ms/step", "p10", "p90", "ours/this", "{unit}/s", "TFLOP/s", "MFU", "peak MiB")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +27,11 @@ class Row:
         case, contestant: names of the registry.
         setting: what was run: model, layers, sizes, dtype, threads ...
         seconds: time per step.
-        ratio: our median over this one's; below 1 we are faster. 1 for ourselves.
+        ratio: our median over this one's: below 1 we are faster; 1 for ourselves, 0 for a ceiling.
         amount_per_second: of `unit`.
         flops_per_second: by the convention named in `setting`; 0 if the case counts none.
         utilisation: flops_per_second over the ceiling measured in the same run (on a GEMM: 1); 0 if unknown.
-        peak_bytes: largest resident set of the contestant's process.
+        peak_bytes: largest resident set of the contestant's process; 0 if it has none of its own.
         versions: of python and the libraries the contestant loaded.
     """
 
@@ -89,7 +90,8 @@ def table(report: Report) -> Table:
     """Return the report as a table for the terminal."""
     first = report.rows[0]
     setting = ", ".join(f"{name} {value}" for name, value in first.setting.items())
-    result = Table(title=f"{first.case}: {setting}\n{report.device}, commit {report.commit or 'unknown'}")
+    title = f"{first.case}: {setting}\n{report.device}, commit {report.commit or 'unknown'}"
+    result = Table(title=title, box=SIMPLE, title_justify="left", padding=(0, 1))
     for column in COLUMNS:
         result.add_column(column.format(unit=first.unit), justify="left" if column == "contestant" else "right")
     for row in report.rows:
@@ -103,12 +105,14 @@ def _cells(row: Row) -> tuple[str, ...]:
 
     return (
         row.contestant,
-        f"{1e3 * row.seconds.median:,.1f} ({1e3 * row.seconds.p10:,.1f} .. {1e3 * row.seconds.p90:,.1f})",
-        shown(row.ratio, f"{row.ratio:.3f}x"),
+        f"{1e3 * row.seconds.median:,.1f}",
+        f"{1e3 * row.seconds.p10:,.1f}",
+        f"{1e3 * row.seconds.p90:,.1f}",
+        shown(row.ratio, f"{row.ratio:.3f}"),
         shown(row.amount_per_second, f"{row.amount_per_second:,.0f}"),
         shown(row.flops_per_second, f"{row.flops_per_second / 1e12:.3f}"),
         shown(row.utilisation, f"{row.utilisation:.0%}"),
-        f"{row.peak_bytes / 2**20:,.0f} MiB",
+        shown(row.peak_bytes, f"{row.peak_bytes / 2**20:,.0f}"),
     )
 
 

@@ -24,6 +24,7 @@ def register(app: typer.Typer) -> None:
         help="Benchmarks; contestants are stepped in turn, each in a process of its own.", no_args_is_help=True
     )
     bench.command("train")(train)
+    bench.command("data")(data)
     app.add_typer(bench, name="bench")
 
 
@@ -51,7 +52,7 @@ def train(
     for name, value in (
         ("--seq-length", seq_length),
         ("--micro-batch-size", micro_batch_size),
-        ("--threads", threads or 1),
+        ("--threads", 1 if threads is None else threads),
     ):
         if value < 1:
             raise ConfigError(f"{name}: got {value}, expected at least 1")
@@ -64,7 +65,7 @@ def train(
         "batch": micro_batch_size,
         "dtype": dtype,
         "threads": threads or "all",
-        "flops": "causal, 6 per weight and token",
+        "flops": "6 per weight and token, causal",
     }
     flops = train_flops_per_token(config, seq_length, causal=True) * seq_length * micro_batch_size
     with TemporaryDirectory(prefix="qwen-bench-") as scratch:
@@ -77,6 +78,20 @@ def train(
         }
         report = _measure("train", arguments, setting, vs or [], threads, warmup, steps)
     _show(report, out, json_output)
+
+
+def data(
+    sources: Annotated[list[Path], typer.Argument(help="Text, JSONL, Parquet or source-code files or folders.")],
+    tokenizer: Annotated[Path, typer.Option(help="Folder or file of the tokenizer.")],
+    workers: Annotated[int, typer.Option(help="Processes of each contestant.")] = 2,
+    steps: Annotated[int, typer.Option(help="Times that each contestant encodes everything.")] = 3,
+    out: Annotated[Path | None, typer.Option(help="Folder for data.json, data.csv (appended) and data.png.")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Time `data prepare` against bare `tokenizers.encode_batch` on the same text and processes."""
+    from megatron_qwen.benchmark.cases.data_prepare import measure_data
+
+    _show(measure_data(sources, tokenizer, workers=workers, repeats=steps), out, json_output)
 
 
 def _measure(
