@@ -74,5 +74,5 @@ lock:
 	$(PYTHON) requirements/lock.py
 
 clean:
-	rm -rf build dist *.egg-info quickstart_out .mypy_cache .ruff_cache .pytest_cache .hypothesis megatron_qwen/_C*.so
+	rm -rf $(STAMP) build dist *.egg-info quickstart_out .mypy_cache .ruff_cache .pytest_cache .hypothesis megatron_qwen/_C*.so
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
