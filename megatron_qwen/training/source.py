@@ -44,6 +44,9 @@ _TINY = QwenConfig(
     max_position_embeddings=2048,
     rms_norm_eps=1e-6,
     rope_theta=10_000.0,
+    # Qwen's 0.02 suits widths of thousands. At this width it learns slowly: after 80 steps of 2,048 tokens of Python
+    # sources the loss was 5.56 with 0.02 and 4.99 with 0.06 (unigram entropy 6.47).
+    initializer_range=0.06,
 )
 TINY_MODELS = {
     "tiny": _TINY,
