@@ -107,10 +107,6 @@ class HfFolder:
         sizes = head_sizes(self.config, shard if kind == "qkv" else WHOLE)
         return TRANSFORMS[kind].hf_to_megatron(sources, sizes)
 
-    def dtype(self, parameter: Parameter) -> torch.dtype:
-        """Return the dtype that the parameter's tensors have in the files."""
-        return TORCH_DTYPES[self.entries[parameter.hf_names[0]].dtype]
-
     def check_unchanged(self) -> None:
         """Raise CorruptInputError if a file was replaced or written to since it was opened."""
         changed = sorted(file.name for file, stamp in self._stamps.items() if _stamp(file) != stamp)

@@ -134,10 +134,6 @@ class MegatronFolder:
         """Return where config and tokenizer of the checkpoint may lie."""
         return self.path.parent / HF_FOLDER, self.path / HF_FOLDER
 
-    def dtype(self, parameter: Parameter) -> torch.dtype:
-        """Return the dtype in which the parameter is stored."""
-        return self.stored[self._place(parameter).key].dtype
-
     def _place(self, parameter: Parameter) -> StoredPlace:
         place = self._places.get(parameter) or StoredPlace(parameter.megatron_name, (), ())
         if place.key not in self.stored:
