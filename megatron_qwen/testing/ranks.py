@@ -73,6 +73,7 @@ def _wait(ranks: list[Any], folder: Path, deadline: float, timeout: float) -> No
 def _run_rank(function: Callable[..., Any], args: tuple[Any, ...], rank: int, nproc: int, folder: str) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(nproc), LOCAL_WORLD_SIZE=str(nproc))
     os.environ["MASTER_ADDR"] = "127.0.0.1"
+    os.environ["MEGATRON_QWEN_LAUNCHER"] = str(os.getppid())  # groups.initialize() ends a rank whose parent is gone
     os.environ["MASTER_PORT"] = _meet(rank, Path(folder))
     try:
         outcome, name = pickle.dumps(function(*args)), f"{rank}.result"
