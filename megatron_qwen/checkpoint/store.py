@@ -128,7 +128,8 @@ class CheckpointStore:
             if not problems:
                 self._compare_tracker(step)
                 return step, folder
-            logger.warning("%s is not used: %s", folder, "; ".join(problems[:5]))
+            if agreement.rank() == 0:
+                logger.warning("%s is not used: %s", folder, "; ".join(problems[:5]))
         return None
 
     def problems(self, folder: Path) -> list[str]:
@@ -257,6 +258,8 @@ class CheckpointStore:
         return 1 + max((int(serial) for serial in serials if math.isfinite(serial)), default=0)
 
     def _compare_tracker(self, step: int) -> None:
+        if agreement.rank() != 0:
+            return
         tracker = self.root / TRACKER_NAME
         try:
             text = tracker.read_text(encoding="utf-8", errors="replace").strip()
