@@ -113,7 +113,6 @@ def on_rank(folders: dict[str, Path], cases: list[tuple[str, ParallelLayout]]) -
     answers = []
     for model, layout in cases:
         answers.append([tokens(complete(folders[model], PROMPTS, params, layout)) for params in (GREEDY, SAMPLED)])
-        groups.shutdown()
     return answers
 
 

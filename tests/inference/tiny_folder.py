@@ -30,10 +30,20 @@ def write_folder(folder: Path, model: str = "untied", *, style: str = "base") ->
     return folder
 
 
+def enter(layout: ParallelLayout) -> None:
+    """Change the layout and keep the process group: a second one cannot be formed over the same store."""
+    if torch.distributed.is_initialized() and layout.resolve(torch.distributed.get_world_size()) != groups._active:
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        groups._active = None
+    groups.initialize(layout)
+
+
 def complete(
     folder: Path, prompts: list[str], params: SamplingParams, layout: ParallelLayout | None = None
 ) -> list[Completion]:
     layout = layout or ParallelLayout()
-    groups.initialize(layout)
+    enter(layout)
     model = load_model(folder, dtype=torch.float32, layout=layout, backend="local")
     return generate(model, QwenTokenizer.load(folder), prompts, params, vocab_size=read_config(folder).vocab_size)
