@@ -5,7 +5,7 @@ set -euo pipefail
 out=${1:?usage: $0 OUT}
 run() {
     megatron-qwen train pretrain --model tiny --data "$out/data/text" --tokenizer "$out/tokenizer" --out "$out/dense" \
-        --nproc 4 --tp 2 --pp 2 --micro-batch-size 2 --global-batch-size 4 --seq-length 64 "$@"
+        --nproc 4 --tp 2 --pp 2 --micro-batch-size 2 --global-batch-size 4 --seq-length 64 --steps 6 "$@"
 }
-run --steps 4
-run --steps 6 # finds the checkpoint of step 4 and resumes
+run --stop-at 4 # as a job with a time limit would
+run             # finds the checkpoint of step 4 and goes on

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 from megatron_qwen.checkpoint import agreement
+from megatron_qwen.checkpoint.optimizer_state import fit_to_optimizers
 from megatron_qwen.checkpoint.store import CheckpointStore
 from megatron_qwen.errors import ConfigError, CorruptInputError, MismatchError
 from megatron_qwen.parallel.device import device_name
@@ -139,7 +140,7 @@ def save(
         step: number of optimizer steps done.
         record: from `run_record`.
         progress: JSON handed back by `resume`.
-        chunks: model chunks of this rank (DDP-wrapped or bare), one per virtual stage.
+        chunks: model chunks of this rank without the DDP wrapper (it would prefix the names), one per virtual stage.
         optimizer: Megatron optimizer.
         scheduler: Megatron `OptimizerParamScheduler`.
         files: further files for the step's folder, plain name -> content.
@@ -201,7 +202,7 @@ def resume(
     loaded = store.load(state, step=step)
     for name, chunk in zip(_chunk_names(chunks), chunks, strict=True):
         chunk.load_state_dict(loaded[name])
-    optimizer.load_state_dict(loaded["optimizer"])
+    optimizer.load_state_dict(fit_to_optimizers(loaded["optimizer"], optimizer))
     scheduler.load_state_dict(loaded["opt_param_scheduler"])
     if same_layout:
         _restore_rng(loaded["rng_state"])

@@ -10,8 +10,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -163,34 +164,57 @@ def test_run_goes_on_from_the_newest_step_that_verifies(
     assert_equal_to_the_bit(out, whole)
 
 
-def exact_values(data: Path, out: Path, **layout: Any) -> dict[str, Any]:
+def exact_values(
+    data: Path, out: Path, model: Mapping[str, Any] = MappingProxyType({}), **layout: Any
+) -> dict[str, Any]:
     """fp32 without dropout, so that layouts differ by rounding only."""
     values = options(data, out, **layout)
-    values["model"].update(dtype="fp32", hidden_dropout=0.0, attention_dropout=0.0)
+    values["model"].update(dtype="fp32", hidden_dropout=0.0, attention_dropout=0.0, **model)
     return values
 
 
-@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}, {}], ids=["tp2", "pp2", "dp2"])
-def test_elastic_resume_on_one_rank_keeps_every_bit_of_the_state_and_the_data_order(
-    layout: dict[str, Any], data: Path, tmp_path: Path
-) -> None:
-    whole, out = tmp_path / "whole", tmp_path / "run"
-    results(run_forked(train, 2, exact_values(data, whole, **layout)))
+def cut_back_to_step_2(whole: Path, out: Path) -> None:
+    """Copy a run as it was when only its checkpoint of step 2 existed."""
     shutil.copytree(whole, out)
     shutil.rmtree(out / f"iter_{STEPS:07d}")
     shutil.rmtree(out / "iter_0000004")
-    original = whole / "iter_0000002"
-    ((differing, summary, lines),) = results(run_forked(reshard, 1, exact_values(data, out), original))
-    assert differing == []
-    assert summary["resumed_from"] == 2
-    changed = next(iter(layout), "dp")
-    assert any(line.startswith(f"not bit-exact: layout.{changed}: saved 2, now 1") for line in lines), lines
-    assert any("random streams" in line for line in lines), lines
+
+
+def assert_same_steps(out: Path, whole: Path) -> None:
     # Other samples would move these losses in the second digit.
     for found, expected in zip(metrics(out), metrics(whole), strict=True):
         assert found["tokens"] == expected["tokens"]
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_elastic_resume_on_one_rank_keeps_every_bit_of_the_state_and_the_data_order(
+    name: str, data: Path, tmp_path: Path
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    _, layout, model = LAYOUTS[name]
+    results(run_forked(train, 2, exact_values(data, whole, model, **layout)))
+    cut_back_to_step_2(whole, out)
+    original = whole / "iter_0000002"
+    ((differing, summary, lines),) = results(run_forked(reshard, 1, exact_values(data, out, model), original))
+    assert differing == []
+    assert summary["resumed_from"] == 2
+    changed = next(iter(layout), "dp")
+    assert any(line.startswith(f"not bit-exact: layout.{changed}: saved 2, now 1") for line in lines), lines
+    assert any("random streams" in line for line in lines), lines
+    assert_same_steps(out, whole)
+
+
+def test_elastic_resume_spreads_experts_over_more_ranks(data: Path, tmp_path: Path) -> None:
+    """From one optimizer to two: Megatron gives the experts one of their own as soon as EP > 1."""
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    _, layout, model = LAYOUTS["moe-ep2"]
+    results(run_forked(train, 1, exact_values(data, whole, model)))
+    cut_back_to_step_2(whole, out)
+    summaries = results(run_forked(train, 2, exact_values(data, out, model, **layout)))
+    assert summaries[0]["resumed_from"] == 2
+    assert_same_steps(out, whole)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,44 @@
+"""Optimizer state of another expert-parallel size: Megatron has one optimizer at EP 1, and two above.
+
+With EP > 1 the experts' parameters are reduced over other ranks than the rest, so Megatron chains an optimizer for
+them behind that of the dense parameters. The tensors of a checkpoint are named by parameter and do not care; the
+small part beside them (hyper-parameters and step of each parameter group) is stored per optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+State = Mapping[str | int, Any]
+
+
+def fit_to_optimizers(loaded: State, optimizer: Any) -> dict[str | int, Any]:
+    """Return `loaded` in the form the present optimizer's `load_state_dict` takes.
+
+    Args:
+        loaded: what `CheckpointStore.load` returned for the optimizer: the tensors in the present form, and the rest
+            in the form of the run that saved.
+        optimizer: Megatron optimizer, chained or not.
+    """
+    by_optimizer = {key: part for key, part in loaded.items() if isinstance(key, int)}
+    alone = {key: part for key, part in loaded.items() if not isinstance(key, int)}
+    if not by_optimizer or not alone:
+        return dict(loaded)
+    if len(getattr(optimizer, "chained_optimizers", [optimizer])) == 1:
+        # Saved by two, wanted by one: its groups are those of the dense optimizer, which now hold the experts too.
+        return _merge(by_optimizer[0], alone)
+    return {key: _merge(_for_experts(alone) if key else alone, part) for key, part in by_optimizer.items()}
+
+
+def _for_experts(state: State) -> dict[str | int, Any]:
+    """Return the state with its parameter groups marked as the expert optimizer's, which finds them by that mark."""
+    inner = state["optimizer"]
+    groups = [{**group, "is_expert_parallel": True} for group in inner["param_groups"]]
+    return {**state, "optimizer": {**inner, "param_groups": groups}}
+
+
+def _merge(base: Any, over: Any) -> Any:
+    if not isinstance(base, Mapping) or not isinstance(over, Mapping):
+        return over
+    return {**base, **{key: _merge(base[key], part) if key in base else part for key, part in over.items()}}
