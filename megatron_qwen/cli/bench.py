@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from megatron_qwen.benchmark.report import Report
 
 DTYPES = ("fp32", "bf16")
+TABLE_WIDTH = 110  # a file or pipe has none of its own, and cut figures are of no use
 
 
 def register(app: typer.Typer) -> None:
@@ -131,7 +132,9 @@ def _show(report: Report, out: Path | None, as_json: bool) -> None:
     if as_json:
         sys.stdout.write(report.as_json() + "\n")
     else:
-        Console().print(table(report))
+        console = Console()
+        console.width = max(console.width, TABLE_WIDTH)
+        console.print(table(report))
     if out is not None:
         files = write_report(report, out)
         Console(stderr=True).print("wrote " + ", ".join(str(file) for file in files), highlight=False)
