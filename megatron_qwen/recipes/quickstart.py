@@ -63,7 +63,10 @@ SCRATCH_RUNS = (
 
 def continued_run(model: Path) -> TrainingRun:
     """Return the run that continues from a Hugging Face folder: few steps, small rate, half the weights per rank."""
-    options = ("--tp", "2", "--steps", "6", "--micro-batch-size", "1", "--global-batch-size", "2", "--lr", "5e-6")
+    options = (
+        "--tp", "2", "--seq-length", "256", "--steps", "6", "--micro-batch-size", "1", "--global-batch-size", "2",
+        "--lr", "5e-6",
+    )  # fmt: skip
     return TrainingRun(name="continued", model=str(model), nproc=2, options=options, learns_from_scratch=False)
 
 

@@ -69,13 +69,14 @@ def train(
         InputError: model, data or checkpoint cannot be used; MismatchError if the checkpoint is of another run.
         StorageError: the run folder is in use by another run, or cannot be written.
         NumericsError: too many steps in a row with NaN or infinity.
+        RankFailure: another rank died or stopped answering.
     """
     source = resolve_source(recipe)
     check_recipe(recipe, source.config, world_size_of_environment())
     identity = run_identity(recipe, source)
     layout = groups.initialize(recipe.parallel.layout(), seed=recipe.seed)
     store = CheckpointStore(Path(recipe.out), keep_last=recipe.checkpoint.keep_last)
-    with store.lock(), StopRequest() as stop_request:
+    with store.lock(), StopRequest() as stop_request, groups.collectives():
         run = Run(recipe, source, layout, store, identity, echo)
         run.start(resume=resume, allow_changed=allow_changed)
         return run.run(stop_request, stop_at)
