@@ -50,13 +50,13 @@ SCRATCH_RUNS = (
         name="dense",
         model="tiny",
         nproc=4,
-        options=("--tp", "2", "--pp", "2", "--steps", "240", "--micro-batch-size", "8", "--global-batch-size", "16"),
+        options=("--tp", "2", "--pp", "2", "--steps", "400", "--micro-batch-size", "8", "--global-batch-size", "16"),
     ),
     TrainingRun(
         name="moe",
         model="tiny-moe",
         nproc=2,
-        options=("--ep", "2", "--steps", "180", "--micro-batch-size", "8", "--global-batch-size", "16"),
+        options=("--ep", "2", "--steps", "320", "--micro-batch-size", "8", "--global-batch-size", "16"),
     ),
 )
 
@@ -201,7 +201,8 @@ def train_export_judge(tour: Tour, run: TrainingRun, data: Path, tokenizer: Path
     error = parity_error(tour, folder, exported)
     completion = tour.run(
         f"6. Generate: {run.name}",
-        "generate", str(exported), "--prompt", SEED_PROMPT, "--max-new-tokens", "48", "--greedy", "--json",
+        "generate", str(exported), "--prompt", SEED_PROMPT, "--max-new-tokens", "64", "--temperature", "0.7",
+        "--seed", "1", "--json",
         capture=True,
     )  # fmt: skip
     return read_outcome(run, folder, exported, completion, error)
