@@ -19,9 +19,9 @@ BUILT_IN = {
 }
 
 
-# Both compute the load-balancing loss, but transformers takes it over all layers at once and Megatron layer by layer, so
-# their router gradients differ. Adam's first steps follow signs only: at the released 0.001 the losses of a small MoE
-# differ by 6e-4 after one step; at this coefficient the work is the same and the losses agree.
+# Both compute the load-balancing loss, but transformers takes it over all layers at once and Megatron layer by layer,
+# so their router gradients differ. Adam's first steps follow signs only: at the released 0.001 the losses of a small
+# MoE differ by 6e-4 after one step; at this coefficient the work is the same and the losses agree.
 _AUX_LOSS_COEFFICIENT = 1e-6
 
 
