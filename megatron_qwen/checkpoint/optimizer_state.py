@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-State = Mapping[str | int, Any]
+State = Mapping[Any, Any]  # by name, or by the optimizer's number in the chain
 
 
-def fit_to_optimizers(loaded: State, optimizer: Any) -> dict[str | int, Any]:
+def fit_to_optimizers(loaded: State, optimizer: Any) -> dict[Any, Any]:
     """Return `loaded` in the form the present optimizer's `load_state_dict` takes.
 
     Args:
@@ -31,14 +31,16 @@ def fit_to_optimizers(loaded: State, optimizer: Any) -> dict[str | int, Any]:
     return {key: _merge(_for_experts(alone) if key else alone, part) for key, part in by_optimizer.items()}
 
 
-def _for_experts(state: State) -> dict[str | int, Any]:
+def _for_experts(state: State) -> dict[Any, Any]:
     """Return the state with its parameter groups marked as the expert optimizer's, which finds them by that mark."""
     inner = state["optimizer"]
     groups = [{**group, "is_expert_parallel": True} for group in inner["param_groups"]]
     return {**state, "optimizer": {**inner, "param_groups": groups}}
 
 
-def _merge(base: Any, over: Any) -> Any:
-    if not isinstance(base, Mapping) or not isinstance(over, Mapping):
-        return over
-    return {**base, **{key: _merge(base[key], part) if key in base else part for key, part in over.items()}}
+def _merge(base: State, over: State) -> dict[Any, Any]:
+    merged = {**base, **over}
+    for key in base.keys() & over.keys():
+        if isinstance(base[key], Mapping) and isinstance(over[key], Mapping):
+            merged[key] = _merge(base[key], over[key])
+    return merged
