@@ -203,7 +203,9 @@ def _why_not_te(on_gpu: bool) -> str:
 def _adam(on_gpu: bool) -> str:
     if on_gpu and _can_find("transformer_engine"):
         return "Transformer Engine FusedAdam"
-    return "apex FusedAdam" if on_gpu and _can_find("apex.optimizers") else "torch AdamW"
+    return (
+        "apex FusedAdam" if on_gpu and _can_find("apex.optimizers") else "torch's fused AdamW, state laid out as apex's"
+    )
 
 
 def _extension_choice() -> Choice:
