@@ -1,5 +1,5 @@
 # Every target sets up what it needs: a virtual environment under $(VENV), pinned dependencies, the package in editable form.
-#   make quickstart             the guided tour, about 6 minutes on 2 cores after the set-up
+#   make quickstart             the guided tour, about 4 minutes on 2 cores after the set-up
 #   make test                   the test suite;  make test-all adds the exhaustive grids
 #   make lint types format      what CI checks
 #   make cuda                   compile csrc for sm_80 and sm_90a wherever nvcc is; no GPU needed

@@ -78,10 +78,6 @@ def test_bf16_error_is_at_most_one_and_a_half_times_that_of_transformers(case):
     assert ours.pow(2).mean().sqrt() <= 1.5 * theirs.pow(2).mean().sqrt()
 
 
-def relative_norm(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    return float((ours - reference).norm() / reference.norm())
-
-
 @pytest.mark.skipif(
     "MEGATRON_QWEN_REAL_CHECKPOINT" not in os.environ, reason="MEGATRON_QWEN_REAL_CHECKPOINT names no folder"
 )
@@ -97,17 +93,19 @@ def test_real_checkpoint_agrees_with_transformers(tmp_path, capsys):
     theirs = (judge.reference(tmp_path, "bfloat16")["logits"] - fp32["logits"]).pow(2).mean().sqrt()
     config, model = judge.build_from(tmp_path)
     fraction = assert_logits_close(judge.logits_of(model, tokens), fp32["logits"], 1e-4)
-    loss = judge.loss_of(model, tokens)
-    loss.backward()
+    # torch's cross-entropy on both sides: over 151,936 rows in fp32 on a CPU it is what errs most, 1.2e-3 off fp64 in
+    # the last layer's norm, where Megatron's, which we train with, is 4e-6 off.
+    logits_BSV = model.train()(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), None)
+    torch.nn.functional.cross_entropy(logits_BSV[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
     grads = {name.removeprefix("grad."): tensor for name, tensor in fp32.items() if name.startswith("grad.")}
-    # In the 2-norm: the largest entry of the embedding's gradient is 7e-5 (ours) and 9e-5 (transformers) off fp64 here,
-    # so that two right answers may differ there by more than the 1e-4 which the tiny models keep entry by entry.
+    # In the 2-norm: through 24 layers with biases of 145 each side is up to 1e-4 off fp64 in its worst entry.
+    expected = {name: judge.expected_parameter(name, grads, config) for name, _ in model.named_parameters()}
     worst = max(
-        relative_norm(parameter.grad, judge.expected_parameter(name, grads, config))
+        float((parameter.grad - expected[name]).norm() / expected[name].norm())
         for name, parameter in model.named_parameters()
     )
     assert worst <= 1e-4
-    del model
+    del model, expected
     _, model = judge.build_from(tmp_path, torch.bfloat16)
     ours = (judge.logits_of(model, tokens) - fp32["logits"]).pow(2).mean().sqrt()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
