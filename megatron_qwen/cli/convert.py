@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megatron_qwen.errors import ConfigError, MismatchError
+from megatron_qwen.cli import convert_compare
+from megatron_qwen.errors import ConfigError
 
 if TYPE_CHECKING:
-    from megatron_qwen.conversion.comparison import VerifyReport
     from megatron_qwen.conversion.run import ConversionReport
 
 _DtypeOption = Annotated[
@@ -31,7 +31,7 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(help="Convert and compare checkpoints.", no_args_is_help=True)
     group.command("import")(import_command)
     group.command("export")(export_command)
-    group.command("verify")(verify_command)
+    convert_compare.register(group)
     app.add_typer(group, name="convert")
 
 
@@ -83,31 +83,6 @@ def export_command(
     _print_conversion(report, as_json)
 
 
-def verify_command(
-    a: Annotated[Path, typer.Argument(help="Hugging Face or Megatron folder.")],
-    b: Annotated[Path, typer.Argument(help="Hugging Face or Megatron folder.")],
-    logits: Annotated[bool, typer.Option("--logits", help="Also run both on the same tokens, in fp32.")] = False,
-    as_json: _JsonOption = False,
-) -> None:
-    """Compare two checkpoints bit for bit; exit code 3 if they differ."""
-    from megatron_qwen.conversion.comparison import compare_logits, verify
-
-    report = verify(a, b)
-    outcome = compare_logits(a, b) if logits else None
-    if as_json:
-        content = {**report.to_json(), **({"logits": outcome.to_json()} if outcome else {})}
-        typer.echo(json.dumps(content, indent=2))
-    else:
-        _print_differences(report)
-        if outcome is not None:
-            typer.echo(
-                f"logits of {outcome.tokens} tokens: largest difference {outcome.max_abs:.3g}, "
-                f"range {outcome.logit_range:.3g}"
-            )
-    if not report.is_equal or (outcome is not None and not outcome.is_equal):
-        raise typer.Exit(MismatchError.exit_code)
-
-
 def parse_size(text: str) -> int:
     """Read "5GB", "500MB" or a number of bytes; units are decimal, as in `save_pretrained`.
 
@@ -141,20 +116,3 @@ def _print_conversion(report: ConversionReport, as_json: bool) -> None:
     console.print(table)
     for note in report.notes:
         console.print(f"note: {note}", markup=False)
-
-
-def _print_differences(report: VerifyReport) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    size = f"{report.tensors:,} tensors, {report.weight_bytes / 1e6:,.1f} MB"
-    if report.is_equal:
-        console.print(f"equal to the last bit: {size}", markup=False)
-        return
-    table = Table(title=f"{len(report.differences):,} differences ({size} compared)")
-    for column in ("tensor", "kind", "found in A and B", "values", "max |A-B|"):
-        table.add_column(column, overflow="fold")
-    for item in report.differences:
-        table.add_row(item.name, item.kind, item.detail, f"{item.count:,}", f"{item.max_abs:.3g}")
-    console.print(table)
