@@ -8,6 +8,7 @@ engine schedules the pieces of all formats over threads within a memory budget, 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,15 @@ class WeightSource(Protocol):
     def hf_tensors(self, parameter: Parameter) -> tuple[Tensor, ...]:
         """Return the parameter's Hugging Face tensors; vocabulary padding is removed."""
 
+    def rows(self, parameter: Parameter, begin: int, end: int) -> Tensor:
+        """Return rows (axis 0) of the parameter as Megatron lays it out, unsharded; only their bytes are read."""
+
+    def hf_rows(self, parameter: Parameter, index: int, begin: int, end: int) -> Tensor:
+        """Return rows of the parameter's Hugging Face tensor number `index`; only their bytes are read.
+
+        `rows.MegatronRows` derives it from `rows`.
+        """
+
     def side_folders(self) -> tuple[Path, ...]:
         """Return where config.json, tokenizer and generation files of the checkpoint may lie."""
 
@@ -57,12 +67,17 @@ class Piece:
         num_bytes: bytes it puts into the file.
         peak_bytes: memory that it holds at once while it works.
         write: given the file opened for writing, puts the bytes at their offsets (`os.pwrite`).
+        label: what it converts, for messages: the tensor's name.
+        spans: (begin, end) in the file of the bytes it writes, so that the file can be hashed up to them while later
+            pieces are still written; empty if they are not known or too scattered, then the file is hashed at its end.
     """
 
     num_tensors: int
     num_bytes: int
     peak_bytes: int
     write: Callable[[int], None]
+    label: str = ""
+    spans: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,3 +95,16 @@ class OutputFile:
     num_bytes: int
     skeleton: Callable[[int], None]
     pieces: tuple[Piece, ...] = ()
+
+
+def bytes_file(name: str, content: bytes) -> OutputFile:
+    """Return a small file whose content is known."""
+    return OutputFile(name=name, num_bytes=len(content), skeleton=lambda descriptor: pwrite_all(descriptor, content, 0))
+
+
+def pwrite_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of `data` at `offset`: one `os.pwrite` may write less than it was given (2 GiB at most)."""
+    view = memoryview(data)
+    done = 0
+    while done < len(view):
+        done += os.pwrite(descriptor, view[done:], offset + done)
