@@ -57,6 +57,7 @@ def repair_megatron_core() -> None:
     _dispatch_cpu_tensors()
     _use_fused_layout_adam()
     _skip_collectives_of_one_rank()
+    _save_optimizer_without_bucket_padding()
 
 
 def _define_te_general_gemm() -> None:
@@ -117,6 +118,41 @@ def _unless_in_place_and_alone(collective: Any) -> Any:
 
     call.skips_lone_rank = True  # type: ignore[attr-defined]
     return call
+
+
+def _save_optimizer_without_bucket_padding() -> None:
+    # `fully_reshardable` cuts each parameter's master weight and moments out of a buffer whose buckets are joined
+    # without the padding at their ends, but at offsets that count it (up to 0.19.2): with more than one bucket (tied
+    # embeddings under pipeline parallelism, overlap_grad_reduce) all that follows the first padded bucket is saved
+    # shifted, and the last parameter filled up with zeros. Loading is right, so it comes back shifted.
+    distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer").DistributedOptimizer
+    original = distributed.sharded_param_state_fully_reshardable
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def sharded_param_state_fully_reshardable(self: Any, *args: Any, **options: Any) -> Any:
+        maps = [buffer.param_index_map for buffer in self.buffers]
+        try:
+            for buffer in self.buffers:
+                buffer.param_index_map = _without_bucket_padding(buffer)
+            return original(self, *args, **options)
+        finally:
+            for buffer, index_map in zip(self.buffers, maps, strict=True):
+                buffer.param_index_map = index_map
+
+    distributed.sharded_param_state_fully_reshardable = sharded_param_state_fully_reshardable
+
+
+def _without_bucket_padding(buffer: Any) -> dict[Any, tuple[int, int, int]]:
+    """Return where each parameter of a DDP buffer lies (start, end, bucket) once the buckets' padding is taken out."""
+    padding = [0]
+    for bucket in buffer.buckets:
+        padding.append(padding[-1] + bucket.grad_data.numel() - bucket.numel_unpadded)
+    return {
+        parameter: (start - padding[bucket], end - padding[bucket], bucket)
+        for parameter, (start, end, bucket) in buffer.param_index_map.items()
+    }
 
 
 def is_megatron_loaded() -> bool:
