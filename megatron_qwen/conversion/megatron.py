@@ -11,7 +11,6 @@ Folder of a run or an import:
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import logging
@@ -41,6 +40,7 @@ from megatron_qwen.conversion.chunks import ChunkReader
 from megatron_qwen.conversion.hf import cut_vocabulary, head_sizes
 from megatron_qwen.conversion.parameters import WHOLE, Parameter, Shard, StoredPlace, extra_state_keys
 from megatron_qwen.conversion.plan import ConversionPlan, PlannedParameter, StoredTensor, find_places
+from megatron_qwen.conversion.side_files import megatron_lm_args
 from megatron_qwen.conversion.transforms import TRANSFORMS, unpad_rows
 from megatron_qwen.errors import ConfigError, CorruptInputError, IncompleteInputError
 from megatron_qwen.model.config import QwenConfig
@@ -216,45 +216,9 @@ def write_torch_dist(
     with ThreadPoolExecutor(max_workers=_WRITER_THREADS) as pool:
         results = list(pool.map(lambda each: writer.write_data(each, planner).wait(), plans))
     writer.finish(metadata, results)
-    common = {"args": common_args(plan.config), "checkpoint_version": 3.0, "iteration": iteration}
+    common = {"args": megatron_lm_args(plan.config), "checkpoint_version": 3.0, "iteration": iteration}
     torch.save(common, folder / "common.pt")
     (folder / "metadata.json").write_text(json.dumps(METADATA_JSON), encoding="utf-8")
-
-
-def common_args(config: QwenConfig) -> argparse.Namespace:
-    """Return the Megatron-LM arguments that describe the model, as its `common.pt` carries them."""
-    arguments = {
-        "num_layers": config.num_hidden_layers,
-        "hidden_size": config.hidden_size,
-        "ffn_hidden_size": config.intermediate_size,
-        "num_attention_heads": config.num_attention_heads,
-        "group_query_attention": config.num_key_value_heads != config.num_attention_heads,
-        "num_query_groups": config.num_key_value_heads,
-        "kv_channels": config.head_dim,
-        "max_position_embeddings": config.max_position_embeddings,
-        "padded_vocab_size": config.vocab_size,
-        "make_vocab_size_divisible_by": 1,
-        "position_embedding_type": "rope",
-        "rotary_base": int(config.rope_theta),
-        "rotary_percent": 1.0,
-        "normalization": "RMSNorm",
-        "norm_epsilon": config.rms_norm_eps,
-        "swiglu": True,
-        "add_bias_linear": False,
-        "add_qkv_bias": True,
-        "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
-        "tensor_model_parallel_size": 1,
-        "pipeline_model_parallel_size": 1,
-    }
-    if config.is_moe:
-        arguments |= {
-            "num_experts": config.num_experts,
-            "moe_ffn_hidden_size": config.moe_intermediate_size,
-            "moe_shared_expert_intermediate_size": config.shared_expert_intermediate_size,
-            "moe_router_topk": config.num_experts_per_tok,
-            "moe_layer_freq": [int(is_moe) for is_moe in config.moe_layers()],
-        }
-    return argparse.Namespace(**arguments)
 
 
 class _Writer(FileSystemWriter):

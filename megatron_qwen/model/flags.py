@@ -256,7 +256,7 @@ def _parallel_flags(config: QwenConfig, layout: ParallelLayout) -> tuple[str, ..
     if layout.sequence_parallel:
         flags.append("--sequence-parallel")
     if layout.pp_layout is not None and layout.pp > 1:
-        flags += ["--pipeline-model-parallel-layout", _pipeline_pattern(stages)]
+        flags += ["--pipeline-model-parallel-layout", pipeline_pattern(stages)]
     elif layout.vpp > 1:
         flags += ["--num-layers-per-virtual-pipeline-stage", stages[0]]
     if config.is_moe:
@@ -265,7 +265,7 @@ def _parallel_flags(config: QwenConfig, layout: ParallelLayout) -> tuple[str, ..
     return tuple(map(str, flags))
 
 
-def _pipeline_pattern(stages: tuple[int, ...]) -> str:
+def pipeline_pattern(stages: tuple[int, ...]) -> str:
     """Return Megatron's pipeline pattern: (3, 5) is "Et*3|t*5L" (embedding and loss count as layers there)."""
     parts = [f"t*{layers}" for layers in stages]
     return "|".join(["E" + parts[0], *parts[1:-1], parts[-1] + "L"])

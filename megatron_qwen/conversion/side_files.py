@@ -1,0 +1,142 @@
+"""The descriptions of a model that travel with a Megatron checkpoint: Megatron-LM's arguments.
+
+Megatron-LM keeps the parsed command line of the run in every checkpoint (`args`) and takes the model from it
+(`load_args_from_checkpoint`, under --use-checkpoint-args) or compares it with the new command line
+(`check_checkpoint_args`); both in megatron/training/checkpointing.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from megatron_qwen.conversion.legacy_layout import vocabulary_rows
+from megatron_qwen.model.config import QwenConfig
+from megatron_qwen.model.flags import pipeline_pattern
+from megatron_qwen.model.rope import yarn_fields
+from megatron_qwen.model.transformer_config import megatron_aux_loss_coefficient
+from megatron_qwen.parallel.layout import ParallelLayout
+
+
+def megatron_lm_args(
+    config: QwenConfig,
+    layout: ParallelLayout | None = None,
+    *,
+    ckpt_format: str = "torch_dist",
+    transformer_impl: str = "transformer_engine",
+) -> argparse.Namespace:
+    """Return the Megatron-LM arguments that describe a model and its layout, as a checkpoint of that run carries them.
+
+    Only plain values and a torch dtype, which torch opens with `weights_only`.
+
+    Args:
+        config: the model; its dtype is the parameters'.
+        layout: parallel sizes; one rank if None.
+        ckpt_format: "torch_dist" or "torch".
+        transformer_impl: "transformer_engine" or "local".
+    """
+    layout = layout or ParallelLayout()
+    arguments = {
+        **_model_arguments(config),
+        **_position_arguments(config),
+        **(_moe_arguments(config, transformer_impl) if config.is_moe else {"num_experts": None}),
+        **_parallel_arguments(config, layout),
+        "padded_vocab_size": vocabulary_rows(config, layout),
+        # The released models' rows are no multiple of what Megatron-LM pads to; it must not pad again.
+        "make_vocab_size_divisible_by": 1,
+        "ckpt_format": ckpt_format,
+        "transformer_impl": transformer_impl,
+        "consumed_train_samples": 0,
+        "consumed_valid_samples": 0,
+    }
+    return argparse.Namespace(**arguments)
+
+
+def _model_arguments(config: QwenConfig) -> dict[str, Any]:
+    dtype: torch.dtype = getattr(torch, config.torch_dtype)
+    return {
+        "num_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.intermediate_size,
+        "num_attention_heads": config.num_attention_heads,
+        "group_query_attention": True,
+        "num_query_groups": config.num_key_value_heads,
+        "kv_channels": config.head_dim,
+        "seq_length": config.max_position_embeddings,
+        "max_position_embeddings": config.max_position_embeddings,
+        "normalization": "RMSNorm",
+        "norm_epsilon": config.rms_norm_eps,
+        "apply_layernorm_1p": False,
+        "swiglu": True,
+        "squared_relu": False,
+        "add_bias_linear": False,
+        "add_qkv_bias": True,
+        "apply_query_key_layer_scaling": False,
+        "attention_dropout": config.attention_dropout,
+        "hidden_dropout": 0.0,
+        "init_method_std": config.initializer_range,
+        "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
+        "tokenizer_type": "HuggingFaceTokenizer",
+        "params_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "fp16": dtype is torch.float16,
+    }
+
+
+def _position_arguments(config: QwenConfig) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "position_embedding_type": "rope",
+        "add_position_embedding": True,  # Megatron-LM's default; it concerns learned embeddings, which rope has none of
+        "rotary_base": int(config.rope_theta) if config.rope_theta == int(config.rope_theta) else config.rope_theta,
+        "rotary_percent": 1.0,
+        "rotary_interleaved": False,
+    }
+    scaling = config.rope_scaling
+    if scaling is None:
+        return arguments
+    fields = yarn_fields(scaling)
+    return arguments | {
+        "position_embedding_type": "yarn",
+        "rotary_scaling_factor": scaling.factor,
+        "yarn_original_max_position_embeddings": scaling.original_max_position_embeddings,
+        "yarn_beta_fast": scaling.beta_fast,
+        "yarn_beta_slow": scaling.beta_slow,
+        "yarn_correction_range_round_to_int": scaling.truncate,
+        "mscale": fields["yarn_mscale"],
+        "mscale_all_dim": fields["yarn_mscale_all_dim"],
+    }
+
+
+def _moe_arguments(config: QwenConfig, transformer_impl: str) -> dict[str, Any]:
+    return {
+        "num_experts": config.num_experts,
+        "moe_router_topk": config.num_experts_per_tok,
+        "moe_ffn_hidden_size": config.moe_intermediate_size,
+        "moe_shared_expert_intermediate_size": config.shared_expert_intermediate_size,
+        "moe_shared_expert_gate": True,
+        "moe_layer_freq": [int(is_moe) for is_moe in config.moe_layers()],
+        "moe_router_pre_softmax": not config.norm_topk_prob,
+        "moe_router_score_function": "softmax",
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": megatron_aux_loss_coefficient(config),
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": transformer_impl == "transformer_engine",
+    }
+
+
+def _parallel_arguments(config: QwenConfig, layout: ParallelLayout) -> dict[str, Any]:
+    stages = layout.layers_per_stage(config.num_hidden_layers)
+    is_uneven = layout.pp_layout is not None and layout.pp > 1
+    return {
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
+        "num_layers_per_virtual_pipeline_stage": stages[0] if layout.vpp > 1 and not is_uneven else None,
+        "pipeline_model_parallel_layout": pipeline_pattern(stages) if is_uneven else None,
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.expert_tensor_parallel_size,
+        "context_parallel_size": layout.cp,
+        "sequence_parallel": layout.sequence_parallel,
+    }
