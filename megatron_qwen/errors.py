@@ -63,3 +63,9 @@ class RankFailure(QwenError, RuntimeError):
 
 
 INTERRUPTED_EXIT_CODE = 130
+
+
+class Interrupted(QwenError):
+    """SIGINT or SIGTERM ended the work; the message says how to go on with it."""
+
+    exit_code = INTERRUPTED_EXIT_CODE

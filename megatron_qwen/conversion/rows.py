@@ -1,7 +1,7 @@
 """A parameter's rows in Hugging Face's tensors and in Megatron's: which lies where, so that any slice converts alone.
 
 Every transform of `transforms.py` moves whole rows (axis 0). Applied to row numbers instead of weights, it says where
-each row goes; runs of neighbours become one copy. So a slice of either side is read from a few byte ranges of the other.
+each row goes; neighbours form runs. So a slice of either side is read from a few byte ranges of the other.
 """
 
 from __future__ import annotations

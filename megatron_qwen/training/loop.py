@@ -19,6 +19,7 @@ from megatron_qwen.checkpoint.store import CheckpointStore
 from megatron_qwen.errors import NumericsError
 from megatron_qwen.parallel import groups
 from megatron_qwen.parallel.layout import ParallelLayout
+from megatron_qwen.signals import StopRequest
 from megatron_qwen.training.batches import step_batches
 from megatron_qwen.training.identity import run_identity
 from megatron_qwen.training.metrics import METRICS_NAME, MetricsLog, Peak, StepMetrics, device_peak, read_metrics
@@ -33,7 +34,6 @@ from megatron_qwen.training.rank import (
 )
 from megatron_qwen.training.recipe import Recipe
 from megatron_qwen.training.schedule import set_step
-from megatron_qwen.training.signals import StopRequest
 from megatron_qwen.training.source import ModelSource, resolve_source, write_hf_folder
 from megatron_qwen.training.step import StepResult
 from megatron_qwen.training.summary import TrainSummary, peak_memory_bytes

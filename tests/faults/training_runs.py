@@ -92,9 +92,9 @@ def reshard(values: Mapping[str, Any], original: Path) -> tuple[list[str], dict[
         Tensors that differ between the step as it was saved and `original`; the summary; the lines of the loop.
     """
     from megatron_qwen.parallel import groups
+    from megatron_qwen.signals import StopRequest
     from megatron_qwen.training.identity import run_identity
     from megatron_qwen.training.loop import Run
-    from megatron_qwen.training.signals import StopRequest
     from megatron_qwen.training.source import resolve_source
 
     recipe = recipe_of(values)

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a request to save and leave."""
+"""SIGTERM and Ctrl-C as a request to finish what is in hand and leave."""
 
 from __future__ import annotations
 
