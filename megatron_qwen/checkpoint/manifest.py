@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from megatron_qwen.checkpoint.strict_json import parse_strict_json
+from megatron_qwen.checkpoint.strict_json import read_strict_json
 from megatron_qwen.errors import CorruptInputError
 
 MANIFEST_NAME = "manifest.json"
 FORMAT, VERSION = "megatron-qwen-manifest", 1
-MAX_MANIFEST_BYTES = 64 * 2**20
+MAX_MANIFEST_BYTES = 32 * 2**20
 _CHUNK_BYTES = 4 * 2**20
 
 Level = Literal["sizes", "full"]
@@ -73,9 +73,9 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
         CorruptInputError: it is damaged, or names a file outside the folder.
     """
     path = folder / MANIFEST_NAME
-    if path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise CorruptInputError(f"{path}: {path.stat().st_size} bytes, the limit is {MAX_MANIFEST_BYTES}")
-    manifest = parse_strict_json(path.read_bytes(), path)
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    manifest = read_strict_json(path, max_bytes=MAX_MANIFEST_BYTES)
     kind = (manifest.get("format"), manifest.get("version"))
     if kind != (FORMAT, VERSION):
         raise CorruptInputError(f"{path}: format and version are {kind}, expected {(FORMAT, VERSION)}")

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_qwen.checkpoint.strict_json import kind, listing, parse_strict_json
+from megatron_qwen.checkpoint.strict_json import kind, listing, parse_strict_json, read_strict_json
 from megatron_qwen.errors import CorruptInputError, IncompleteInputError, MismatchError, UnsafeInputError
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000  # the cap of the safetensors package
-MAX_INDEX_BYTES = 64 * 2**20  # the index of the largest public models is about 10 MB
+MAX_INDEX_BYTES = 32 * 2**20  # the index of the largest public models is about 10 MB
 _MAX_INTEGER = 2**63 - 1
 
 DTYPE_BITS: Mapping[str, int] = {
@@ -141,6 +141,7 @@ def read_folder(folder: Path) -> dict[str, TensorEntry]:
             _refuse_folder_without_weights(folder)
         check_inside(folder, SINGLE_NAME, single_path)
         return read_header(single_path)
+    check_inside(folder, INDEX_NAME, index_path)
     weight_map = read_index(index_path)
     if single_path.is_file() and SINGLE_NAME not in weight_map.values():
         raise MismatchError(
@@ -169,10 +170,7 @@ def read_index(path: Path) -> dict[str, str]:
         CorruptInputError: not JSON, too large, too deep, names twice, wrong types, or no `weight_map`.
         UnsafeInputError: a shard name that is not a plain `*.safetensors` file name.
     """
-    index_bytes = path.stat().st_size
-    if index_bytes > MAX_INDEX_BYTES:
-        raise CorruptInputError(f"{path}: {index_bytes} bytes, the limit for an index is {MAX_INDEX_BYTES}")
-    index = parse_strict_json(path.read_bytes(), path)
+    index = read_strict_json(path, max_bytes=MAX_INDEX_BYTES)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptInputError(

@@ -68,6 +68,7 @@ class HfFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        check_inside(path, CONFIG_NAME, path / CONFIG_NAME)
         self.config = QwenConfig.from_hf(path)
         self.entries = split_fused_experts(read_folder(path))
         self._maps: dict[Path, mmap.mmap] = {}

@@ -273,6 +273,13 @@ class QwenConfig:
             if not getattr(self, name) > 0:
                 yield f"{name}: got {getattr(self, name)}, expected > 0"
                 return
+        for name, limit in _LIMITS.items():
+            if getattr(self, name) > limit:
+                yield f"{name}: got {getattr(self, name)}, expected at most {limit}"
+        if self.num_hidden_layers * self.num_experts > MAX_EXPERTS:
+            yield (
+                f"num_hidden_layers {self.num_hidden_layers} times num_experts {self.num_experts} is above {MAX_EXPERTS}"
+            )
         if self.hidden_size % self.num_attention_heads:
             yield f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
         elif self.head_dim % 2:
@@ -310,5 +317,8 @@ class QwenConfig:
             yield f"router_aux_loss_coef: got {self.router_aux_loss_coef}, expected >= 0"
 
 
+# Far beyond any model; a damaged or hostile config.json must not keep us enumerating parameters for hours.
+_LIMITS = {"num_hidden_layers": 4096, "vocab_size": 2**31, "hidden_size": 2**24, "intermediate_size": 2**28}
+MAX_EXPERTS = 200_000
 _MOE_SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size")
 _SCALAR_TYPES: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "bool": bool, "str": str}

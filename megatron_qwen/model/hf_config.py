@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_qwen.errors import ConfigError, CorruptInputError, IncompleteInputError
+from megatron_qwen.errors import ConfigError, IncompleteInputError
 from megatron_qwen.model.config import MODEL_TYPES, DualChunkAttention, QwenConfig, YarnScaling
+from megatron_qwen.strict_json import read_strict_json
 
 logger = logging.getLogger(__name__)
 
+MAX_CONFIG_BYTES = 16 * 2**20
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM"}
 
 _REQUIRED = (
@@ -154,12 +155,7 @@ def _read_json(path: Path) -> tuple[str, dict[str, Any]]:
         raise IncompleteInputError(
             f"{file}: no such file; expected a Hugging Face folder with config.json, or that file"
         )
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CorruptInputError(f"{file}: not JSON: {error}. Download the file again.") from error
-    if not isinstance(content, dict):
-        raise CorruptInputError(f"{file}: holds a JSON {type(content).__name__}, expected an object")
+    content = read_strict_json(file, max_bytes=MAX_CONFIG_BYTES)
     return str(file), content
 
 

@@ -114,7 +114,7 @@ def test_config_json_that_is_absent_or_broken_is_refused(tmp_path):
     with pytest.raises(IncompleteInputError, match=r"config\.json"):
         QwenConfig.from_hf(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": ')
-    with pytest.raises(CorruptInputError, match="not JSON"):
+    with pytest.raises(CorruptInputError, match="not valid JSON"):
         QwenConfig.from_hf(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(CorruptInputError, match="list"):
