@@ -11,7 +11,9 @@ from typing import Any, NoReturn
 from megatron_qwen.errors import CorruptInputError, IncompleteInputError
 
 MAX_VALUES = 1_000_000  # the index of the largest public models has under 100,000
+MAX_NAME_LENGTH = 1000  # characters
 _MAX_LISTED = 20  # names printed in one error message
+_MAX_SHOWN = 200  # characters of a value printed in one error message
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -40,6 +42,9 @@ def parse_strict_json(raw: bytes, path: Path) -> dict[str, Any]:
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         mapping = dict(pairs)
+        longest = max(mapping, key=len, default="")
+        if len(longest) > MAX_NAME_LENGTH:
+            raise CorruptInputError(f"{path}: JSON name of {len(longest)} characters: {shown(longest)}")
         if len(mapping) != len(pairs):
             counts = Counter(name for name, _ in pairs)
             twice = [name for name, count in counts.items() if count > 1]
@@ -80,6 +85,12 @@ def _parse_integer(text: str) -> int | float:
 def kind(value: object) -> str:
     """Return how an error message calls the type of a JSON value."""
     return "missing" if value is None else f"of type {type(value).__name__}"
+
+
+def shown(value: object) -> str:
+    """Return `repr(value)` for an error message, cut where a hostile value would flood it."""
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}... ({len(text)} characters)"
 
 
 def listing(names: list[str]) -> str:

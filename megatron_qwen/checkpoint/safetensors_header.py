@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_qwen.checkpoint.strict_json import kind, listing, parse_strict_json, read_strict_json
+from megatron_qwen.checkpoint.strict_json import kind, listing, parse_strict_json, read_strict_json, shown
 from megatron_qwen.errors import CorruptInputError, IncompleteInputError, MismatchError, UnsafeInputError
 
 logger = logging.getLogger(__name__)
@@ -203,24 +203,25 @@ def check_inside(folder: Path, name: str, path: Path) -> None:
 def _parse_entry(path: Path, name: str, info: Any, data_begin: int) -> TensorEntry:
     where = f"{path}: tensor {name!r}"
     if not isinstance(info, dict) or set(info) != {"dtype", "shape", "data_offsets"}:
-        found = sorted(info) if isinstance(info, dict) else kind(info)
+        found = shown(sorted(info)) if isinstance(info, dict) else kind(info)
         raise CorruptInputError(f"{where}: fields {found}, expected dtype, shape and data_offsets")
     dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise CorruptInputError(f"{where}: unknown dtype {dtype!r}; known: {', '.join(DTYPE_BITS)}")
+        raise CorruptInputError(f"{where}: unknown dtype {shown(dtype)}; known: {', '.join(DTYPE_BITS)}")
     if not isinstance(shape, list) or not all(_is_size(size) for size in shape):
-        raise CorruptInputError(f"{where}: shape {shape!r}, expected a list of integers from 0 to 2^63-1")
+        raise CorruptInputError(f"{where}: shape {shown(shape)}, expected a list of integers from 0 to 2^63-1")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(offset) for offset in offsets):
-        raise CorruptInputError(f"{where}: data_offsets {offsets!r}, expected two integers from 0 to 2^63-1")
+        raise CorruptInputError(f"{where}: data_offsets {shown(offsets)}, expected two integers from 0 to 2^63-1")
     num_bytes = DTYPE_BITS[dtype] // 8
     for size in shape:
         num_bytes *= size
         if num_bytes > _MAX_INTEGER:
-            raise CorruptInputError(f"{where}: shape {shape} of {dtype} is more than 2^63-1 bytes")
+            raise CorruptInputError(f"{where}: shape {shown(shape)} of {dtype} is more than 2^63-1 bytes")
     begin, end = offsets
     if end - begin != num_bytes:
         raise CorruptInputError(
-            f"{where}: data_offsets {offsets} span {end - begin} bytes, shape {shape} of {dtype} needs {num_bytes}"
+            f"{where}: data_offsets {offsets} span {end - begin} bytes, "
+            f"shape {shown(shape)} of {dtype} needs {num_bytes}"
         )
     return TensorEntry(name, path, dtype, tuple(shape), data_begin + begin, data_begin + end)
 
@@ -254,9 +255,9 @@ def _check_metadata(path: Path, metadata: Any) -> None:
 def _check_shard_name(path: Path, name: str, shard: str) -> None:
     """Accept a plain file name only, under the rules of POSIX and of Windows."""
     if any(sign in shard for sign in "/\\:") or shard.startswith("."):
-        raise UnsafeInputError(f"{path}: tensor {name!r}: shard {shard!r} is not a plain file name of this folder")
+        raise UnsafeInputError(f"{path}: tensor {name!r}: shard {shown(shard)} is not a plain file name of this folder")
     if not shard.isprintable() or not shard.endswith(".safetensors"):
-        raise UnsafeInputError(f"{path}: tensor {name!r}: shard {shard!r} is not the name of a .safetensors file")
+        raise UnsafeInputError(f"{path}: tensor {name!r}: shard {shown(shard)} is not the name of a .safetensors file")
 
 
 def _join_shards(

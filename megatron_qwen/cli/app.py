@@ -42,8 +42,15 @@ def main() -> None:
     try:
         build_app()()
     except QwenError as error:
-        sys.stderr.write(f"megatron-qwen: {type(error).__name__}: {error}\n")
+        sys.stderr.write(f"megatron-qwen: {type(error).__name__}: {_printable(str(error))}\n")
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         sys.stderr.write("megatron-qwen: interrupted\n")
         raise SystemExit(INTERRUPTED_EXIT_CODE) from None
+
+
+def _printable(message: str) -> str:
+    """Escape what names from a stranger's file could send to the terminal."""
+    return "".join(
+        sign if sign.isprintable() or sign == "\n" else sign.encode("unicode_escape").decode() for sign in message
+    )
