@@ -1,25 +1,54 @@
 """Reads boxes of global tensors out of the chunks in which a `torch_dist` checkpoint keeps them.
 
-Each chunk is a torch zip inside a `.distcp` file; `.metadata` says where. Opened weights-only, never as plain pickle.
+Each chunk is a torch zip inside a `.distcp` file; `.metadata` says where. Of a zip only the framing and a pickle of
+some hundred bytes are opened, under an allow-list; the values that a box needs are read straight from their place.
 """
 
 from __future__ import annotations
 
 import io
+import math
+import pickle
+import struct
 import threading
+import zipfile
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from megatron_qwen.errors import CorruptInputError, IncompleteInputError
+from megatron_qwen.conversion.byte_ranges import read_values
+from megatron_qwen.errors import CorruptInputError, IncompleteInputError, UnsafeInputError
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 Index = tuple[int, ...]
+_MAX_PICKLE_BYTES = 2**20
+_DAMAGE = (
+    zipfile.BadZipFile,
+    struct.error,
+    pickle.UnpicklingError,
+    LookupError,
+    ValueError,
+    TypeError,
+    EOFError,
+    NotImplementedError,
+)
+_READ_BYTES = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the values of a chunk lie: byte offset in the file of the first, and strides in values."""
+
+    offset: int
+    strides: Index
 
 
 class ChunkReader:
@@ -45,57 +74,166 @@ class ChunkReader:
             for index, info in metadata.storage_data.items()
             if index.fqn in tensors
         }
-        self._last = threading.local()
+        self._places: dict[tuple[str, Index], _Place] = {}
+        self._lock = threading.Lock()
+
+    def files(self) -> set[Path]:
+        """Return the files that hold the tensors."""
+        return {self._folder / info.relative_path for info in self._storage.values()}
 
     def read(self, key: str, offset: Index, size: Index) -> Tensor:
-        """Return the box of `size` at `offset` of tensor `key`; do not write to it.
+        """Return the box of `size` at `offset` of tensor `key`; only its bytes are read.
 
         Raises:
             IncompleteInputError: the chunks do not cover the box, or a file is missing.
             CorruptInputError: a file is truncated, or holds something else than `.metadata` says.
         """
-        if self._extents[key].get(offset) == size:
-            return self._load(key, offset)
-        result = torch.empty(size, dtype=self._dtypes[key])
+        result: Tensor | None = None
         covered = 0
-        end = bisect_left(self._starts[key], (offset[0] + size[0],))
+        end = bisect_left(self._starts[key], (offset[0] + size[0],)) if offset else None
         for start in self._starts[key][:end]:
             extent = self._extents[key][start]
             low = [max(a, b) for a, b in zip(offset, start, strict=True)]
             high = [min(a + n, b + m) for a, n, b, m in zip(offset, size, start, extent, strict=True)]
             if any(a >= b for a, b in zip(low, high, strict=True)):
                 continue
-            part = self._load(key, start)[_slices(low, high, start)]
+            part = self._read_chunk(key, start, low, high)
             if tuple(part.shape) == size:
                 return part
-            result[_slices(low, high, offset)] = part
+            result = torch.empty(size, dtype=self._dtypes[key]) if result is None else result
+            result[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offset, strict=True))] = part
             covered += part.numel()
+        if result is None:
+            result = torch.empty(size, dtype=self._dtypes[key])
         if covered != result.numel():
             raise IncompleteInputError(f"{self._folder}: {key}: the chunks do not cover the box {size} at {offset}")
         return result
 
-    def _load(self, key: str, start: Index) -> Tensor:
-        if getattr(self._last, "chunk", None) == (key, start):
-            kept: Tensor = self._last.tensor
-            return kept
+    def _read_chunk(self, key: str, start: Index, low: list[int], high: list[int]) -> Tensor:
+        """Return the box between `low` and `high`, which lies in the chunk that begins at `start`."""
+        place = self._place(key, start)
+        path = self._folder / self._storage[key, start].relative_path
+        first = sum((a - o) * stride for a, o, stride in zip(low, start, place.strides, strict=True))
+        size = [b - a for a, b in zip(low, high, strict=True)]
+        return _read_box(path, place, self._dtypes[key], first, size)
+
+    def _place(self, key: str, start: Index) -> _Place:
+        with self._lock:
+            place = self._places.get((key, start))
+        if place is not None:
+            return place
         info = self._storage.get((key, start))
         if info is None or getattr(info, "transform_descriptors", None):
             raise CorruptInputError(f"{self._folder}: {key}: the chunk at {start} has no plain place in a file")
-        # The chunk kept from the last call is let go before the next is read: one in memory, not two.
-        self._last.chunk = self._last.tensor = None
-        path = self._folder / info.relative_path
-        with _window(path, info.offset, info.length) as stream:
-            tensor = torch.load(stream, map_location="cpu", weights_only=True)
         expected = (self._extents[key][start], self._dtypes[key])
-        found = (tuple(tensor.shape), tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
-        if not isinstance(tensor, Tensor) or found != expected:
-            raise CorruptInputError(f"{path}: {key}: the chunk at {start} is {found}, .metadata says {expected}")
-        self._last.chunk, self._last.tensor = (key, start), tensor
-        return tensor
+        place = _open_chunk(self._folder / info.relative_path, info.offset, info.length, expected, f"{key} at {start}")
+        with self._lock:
+            self._places[key, start] = place
+        return place
 
 
-def _slices(low: list[int], high: list[int], origin: Index) -> tuple[slice, ...]:
-    return tuple(slice(a - o, b - o) for a, b, o in zip(low, high, origin, strict=True))
+def _read_box(path: Path, place: _Place, dtype: torch.dtype, first: int, size: list[int]) -> Tensor:
+    """Return a box whose first value is number `first` of the chunk; one with gaps is read in several goes."""
+    count = 1 + sum((n - 1) * stride for n, stride in zip(size, place.strides, strict=True))
+    has_gaps = count > math.prod(size)
+    if not has_gaps or count * dtype.itemsize <= _READ_BYTES:
+        return read_values(path, place.offset + first * dtype.itemsize, dtype, count).as_strided(size, place.strides)
+    axis = next(i for i, n in enumerate(size) if n > 1)
+    step = max(1, min(_READ_BYTES // (max(1, place.strides[axis]) * dtype.itemsize), size[axis] // 2))
+    result = torch.empty(size, dtype=dtype)
+    for begin in range(0, size[axis], step):
+        part = [*size[:axis], min(step, size[axis] - begin), *size[axis + 1 :]]
+        values = _read_box(path, place, dtype, first + begin * place.strides[axis], part)
+        result.narrow(axis, begin, part[axis]).copy_(values)
+    return result
+
+
+def _open_chunk(path: Path, offset: int, length: int, expected: tuple[Index, torch.dtype], what: str) -> _Place:
+    if not path.is_file():
+        raise IncompleteInputError(f"{path}: missing; .metadata names it")
+    if path.stat().st_size < offset + length:
+        raise CorruptInputError(f"{path}: {path.stat().st_size} bytes, .metadata needs {offset + length}: truncated")
+    with path.open("rb", buffering=0) as stream:
+        window = _Window(stream, offset, length)
+        try:
+            with zipfile.ZipFile(window) as archive:
+                (pickled,) = (item for item in archive.infolist() if item.filename.endswith("/data.pkl"))
+                if pickled.file_size > _MAX_PICKLE_BYTES:
+                    raise CorruptInputError(f"{path}: {what}: a pickle of {pickled.file_size:,} bytes")
+                found = _TensorUnpickler(io.BytesIO(archive.read(pickled))).load()
+                if not isinstance(found, _PickledTensor) or (found.shape, found.dtype) != expected:
+                    raise CorruptInputError(f"{path}: {what} is {found}, .metadata says {expected}")
+                record = archive.getinfo(f"{pickled.filename.removesuffix('data.pkl')}data/{found.storage}")
+            begin = _data_offset(window, record) + found.first * found.dtype.itemsize
+        except (
+            zipfile.BadZipFile,
+            struct.error,
+            LookupError,
+            ValueError,
+            TypeError,
+            EOFError,
+            pickle.UnpicklingError,
+        ) as error:
+            raise CorruptInputError(f"{path}: {what}: not a tensor that torch wrote: {error}") from None
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(found.shape, found.strides, strict=True))
+    is_inside = found.first >= 0 and (found.first + reach) * found.dtype.itemsize <= record.file_size
+    if record.compress_type != zipfile.ZIP_STORED or not is_inside:
+        raise CorruptInputError(f"{path}: {what}: {record.file_size:,} bytes stored, which do not hold it")
+    return _Place(offset + begin, found.strides)
+
+
+def _data_offset(window: _Window, record: zipfile.ZipInfo) -> int:
+    """Return where a record's bytes begin: behind its local header, whose extra field is its own."""
+    window.seek(record.header_offset)
+    header = window.read(30) or b""
+    name_bytes, extra_bytes = struct.unpack("<26xHH", header)
+    return record.header_offset + 30 + int(name_bytes) + int(extra_bytes)
+
+
+@dataclass(frozen=True)
+class _PickledTensor:
+    """A tensor as its pickle describes it; `first` and `strides` in values."""
+
+    storage: str
+    dtype: torch.dtype
+    first: int
+    shape: Index
+    strides: Index
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Opens the pickle of one plain tensor and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _rebuild
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
+        raise UnsafeInputError(f"a tensor's pickle asks for {module}.{name}; do not use this folder")
+
+    def persistent_load(self, key: Any) -> tuple[str, torch.dtype]:
+        _, dtype, storage, _, _ = key
+        return str(storage), dtype
+
+
+_STORAGES = {
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "BFloat16Storage": torch.bfloat16,
+    "HalfStorage": torch.float16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+
+
+def _rebuild(storage: tuple[str, torch.dtype], first: int, shape: Index, strides: Index, *_: Any) -> _PickledTensor:
+    return _PickledTensor(storage[0], storage[1], first, tuple(shape), tuple(strides))
 
 
 class _Window(io.RawIOBase):
@@ -123,13 +261,3 @@ class _Window(io.RawIOBase):
         count = self._stream.readinto(view)
         self._position += count
         return count
-
-
-@contextmanager
-def _window(path: Path, offset: int, length: int) -> Iterator[Any]:
-    if not path.is_file():
-        raise IncompleteInputError(f"{path}: missing; .metadata names it")
-    if path.stat().st_size < offset + length:
-        raise CorruptInputError(f"{path}: {path.stat().st_size} bytes, .metadata needs {offset + length}: truncated")
-    with path.open("rb", buffering=0) as stream:
-        yield _Window(stream, offset, length)

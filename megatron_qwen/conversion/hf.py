@@ -1,33 +1,23 @@
-"""Hugging Face folders: safetensors read through memory maps, written tensor by tensor as `save_pretrained` does."""
+"""Hugging Face folders as sources: safetensors read range by range; `hf_output` writes them."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
-import mmap
-import os
+import math
 import re
-import shutil
-import struct
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatron_qwen.checkpoint import manifest
-from megatron_qwen.checkpoint.safetensors_header import (
-    DTYPE_BITS,
-    INDEX_NAME,
-    SINGLE_NAME,
-    TensorEntry,
-    check_inside,
-    read_folder,
-)
+from megatron_qwen.checkpoint.safetensors_header import TensorEntry, read_folder
+from megatron_qwen.conversion.byte_ranges import read_values
 from megatron_qwen.conversion.parameters import WHOLE, Parameter, Shard
+from megatron_qwen.conversion.plan import ConversionPlan, plan_import
+from megatron_qwen.conversion.rows import gather_rows
 from megatron_qwen.conversion.transforms import TRANSFORMS, HeadSizes, pad_rows
 from megatron_qwen.errors import CorruptInputError, MismatchError
 from megatron_qwen.model.config import QwenConfig
@@ -40,21 +30,7 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
 }
-_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-CONFIG_NAME = "config.json"
-# Files that travel with the weights, copied byte for byte.
-COMPANION_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "qwen.tiktoken",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
+_READ_BYTES = 8 * 2**20
 
 
 class HfFolder:
@@ -68,59 +44,111 @@ class HfFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        check_inside(path, CONFIG_NAME, path / CONFIG_NAME)
         self.config = QwenConfig.from_hf(path)
         self.entries = split_fused_experts(read_folder(path))
-        self._maps: dict[Path, mmap.mmap] = {}
-        self._lock = threading.Lock()
-        self._stamps = {file: _stamp(file) for file in {entry.file for entry in self.entries.values()}}
+        self._stamps = FileStamps({entry.file for entry in self.entries.values()})
         _compare_manifest(path)
 
+    def plan(self, dtype: torch.dtype | None = None) -> ConversionPlan:
+        """Prove from the headers that the folder holds its model, and plan the conversion to `dtype`.
+
+        Raises:
+            MismatchError: config.json and weights contradict each other; the message lists everything found.
+        """
+        return plan_import(self.config, self.entries, where=str(self.path), dtype=dtype)
+
+    def dtype_of(self, parameter: Parameter) -> torch.dtype:
+        """Return the dtype in which the parameter is stored."""
+        return TORCH_DTYPES[self.entries[parameter.hf_names[0]].dtype]
+
     def tensor(self, name: str) -> Tensor:
-        """Return one tensor as a view of the mapped file; do not write to it."""
-        entry = self.entries[name]
-        count = entry.num_bytes * 8 // DTYPE_BITS[entry.dtype]
-        if count == 0:
-            return torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
-        flat = torch.frombuffer(self._map(entry.file), dtype=TORCH_DTYPES[entry.dtype], count=count, offset=entry.begin)
-        return flat.view(entry.shape)
+        """Return one tensor."""
+        shape = self.entries[name].shape
+        return self.tensor_rows(name, 0, shape[0]) if shape else self._values(name, 0, 1).view(())
+
+    def tensor_rows(self, name: str, begin: int, end: int) -> Tensor:
+        """Return rows (axis 0) of one tensor; only their bytes are read."""
+        shape = self.entries[name].shape
+        per_row = math.prod(shape[1:])
+        return self._values(name, begin * per_row, (end - begin) * per_row).view(end - begin, *shape[1:])
 
     def hf_tensors(self, parameter: Parameter) -> tuple[Tensor, ...]:
         """Return the parameter's Hugging Face tensors."""
         return tuple(self.tensor(name) for name in parameter.hf_names)
+
+    def hf_rows(self, parameter: Parameter, index: int, begin: int, end: int) -> Tensor:
+        """Return rows of the parameter's Hugging Face tensor number `index`."""
+        return self.tensor_rows(parameter.hf_names[index], begin, end)
+
+    def rows(self, parameter: Parameter, begin: int, end: int) -> Tensor:
+        """Return rows of the parameter as Megatron lays it out."""
+
+        def read(index: int, low: int, high: int) -> Tensor:
+            return self.hf_rows(parameter, index, low, high)
+
+        return gather_rows(parameter, self.config, begin, end, read)
 
     def read(self, parameter: Parameter, shard: Shard = WHOLE, *, vocabulary_rows: int | None = None) -> Tensor:
         """Return the parameter as Megatron lays it out, or one tensor-parallel shard of it.
 
         Args:
             parameter: of this folder's model.
-            shard: which part along the family's shard axis; only its bytes are read.
+            shard: which part along the family's shard axis; only its bytes are kept.
             vocabulary_rows: rows of the whole matrix if Megatron pads the vocabulary; the rows added are zero.
         """
-        sources = self.hf_tensors(parameter)
         if parameter.has_vocabulary_rows:
-            return cut_vocabulary(sources[0], vocabulary_rows or parameter.shape[0], shard)
-        return self.assemble(parameter, [cut(source, parameter.family.shard_axis, shard) for source in sources], shard)
-
-    def assemble(self, parameter: Parameter, sources: Sequence[Tensor], shard: Shard = WHOLE) -> Tensor:
-        """Return Megatron's tensor made of a parameter's Hugging Face tensors, or of their shards."""
+            rows = (vocabulary_rows or parameter.shape[0]) // shard.size
+            begin, end = (min(i * rows, parameter.shape[0]) for i in (shard.rank, shard.rank + 1))
+            return pad_rows(self.hf_rows(parameter, 0, begin, end), rows)
+        axis = parameter.family.shard_axis
+        sources = [self._shard(name, axis, shard) for name in parameter.hf_names]
         kind = parameter.family.transform
         sizes = head_sizes(self.config, shard if kind == "qkv" else WHOLE)
         return TRANSFORMS[kind].hf_to_megatron(sources, sizes)
 
+    def side_folders(self) -> tuple[Path, ...]:
+        """Return where config.json, tokenizer and generation files lie."""
+        return (self.path,)
+
     def check_unchanged(self) -> None:
         """Raise CorruptInputError if a file was replaced or written to since it was opened."""
-        changed = sorted(file.name for file, stamp in self._stamps.items() if _stamp(file) != stamp)
-        if changed:
-            raise CorruptInputError(f"{self.path}: changed while it was read: {', '.join(changed)}; run again")
+        self._stamps.check(self.path)
 
-    def _map(self, file: Path) -> mmap.mmap:
-        with self._lock:
-            if file not in self._maps:
-                with file.open("rb") as stream:
-                    # A private mapping: torch wants writable memory, and nothing reaches the file.
-                    self._maps[file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-            return self._maps[file]
+    def _shard(self, name: str, axis: int | None, shard: Shard) -> Tensor:
+        shape = self.entries[name].shape
+        if axis is None or shard.size == 1:
+            return self.tensor(name)
+        if shape[axis] % shard.size:
+            raise MismatchError(f"axis {axis} of shape {shape} cannot be cut into {shard.size} equal parts")
+        size = shape[axis] // shard.size
+        if axis == 0:
+            return self.tensor_rows(name, shard.rank * size, (shard.rank + 1) * size)
+        result = torch.empty((shape[0], size), dtype=TORCH_DTYPES[self.entries[name].dtype])
+        step = max(1, _READ_BYTES * shape[0] // max(1, self.entries[name].num_bytes))
+        for begin in range(0, shape[0], step):
+            end = min(begin + step, shape[0])
+            result[begin:end] = self.tensor_rows(name, begin, end)[:, shard.rank * size : (shard.rank + 1) * size]
+        return result
+
+    def _values(self, name: str, first: int, count: int) -> Tensor:
+        entry = self.entries[name]
+        dtype = TORCH_DTYPES[entry.dtype]
+        return read_values(entry.file, entry.begin + first * dtype.itemsize, dtype, count)
+
+
+class FileStamps:
+    """Sizes and times of files, to see later that nobody wrote to them."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self._stamps = {file: _stamp(file) for file in files}
+
+    def check(self, where: Path) -> None:
+        """Raise CorruptInputError if a file was replaced, deleted or written to."""
+        changed = sorted(
+            file.name for file, stamp in self._stamps.items() if not file.is_file() or _stamp(file) != stamp
+        )
+        if changed:
+            raise CorruptInputError(f"{where}: changed while it was read: {', '.join(changed)}; run again")
 
 
 def head_sizes(config: QwenConfig, shard: Shard = WHOLE) -> HeadSizes:
@@ -176,150 +204,6 @@ def split_fused_experts(entries: Mapping[str, TensorEntry]) -> dict[str, TensorE
     return result
 
 
-def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copy tokenizer and generation files byte for byte; return their names.
-
-    Raises:
-        UnsafeInputError: one is a link out of the folder.
-    """
-    names = [name for name in COMPANION_FILES if (source / name).is_file()]
-    for name in names:
-        check_inside(source, name, source / name)
-        shutil.copyfile(source / name, target / name)
-    return names
-
-
-def write_config(folder: Path, config: QwenConfig) -> None:
-    """Write config.json."""
-    (folder / CONFIG_NAME).write_text(json.dumps(config.to_hf(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-@dataclass(frozen=True)
-class _Slot:
-    shard: int
-    begin: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-class HfWriter:
-    """Writes the tensors of one model in any order, from any thread, into safetensors files of a known layout.
-
-    Shards, names, index and the order within a file are those of `save_pretrained`; so is the metadata.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        tensors: Sequence[tuple[str, tuple[int, ...]]],
-        dtypes: Mapping[str, torch.dtype],
-        limit: int,
-    ) -> None:
-        """Lay out the files.
-
-        Args:
-            folder: exists.
-            tensors: (name, shape) in the model's order.
-            dtypes: of every tensor.
-            limit: largest number of tensor bytes in one file.
-        """
-        shapes = dict(tensors)
-        self._slots: dict[str, _Slot] = {}
-        self._written: set[str] = set()
-        shards = _fill_shards([(name, _num_bytes(shape, dtypes[name])) for name, shape in tensors], limit)
-        suffixes = [f"-{i + 1:05d}-of-{len(shards):05d}" if len(shards) > 1 else "" for i in range(len(shards))]
-        self._names = [SINGLE_NAME.replace(".safetensors", f"{suffix}.safetensors") for suffix in suffixes]
-        self._files: list[int] = []
-        for number, (file_name, names) in enumerate(zip(self._names, shards, strict=True)):
-            order = sorted(names, key=lambda name: (-_RANK[dtypes[name]], name))
-            header, end = _header(order, shapes, dtypes)
-            self._files.append(os.open(folder / file_name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
-            os.pwrite(self._files[-1], header, 0)
-            os.truncate(self._files[-1], len(header) + end)
-            begin = len(header)
-            for name in order:
-                self._slots[name] = _Slot(number, begin, shapes[name], dtypes[name])
-                begin += _num_bytes(shapes[name], dtypes[name])
-        self._index = None
-        if len(shards) > 1:
-            self._index = folder / INDEX_NAME
-            total = sum(_num_bytes(shape, dtypes[name]) for name, shape in tensors)
-            self._metadata = {"total_parameters": sum(_count(shape) for _, shape in tensors), "total_size": total}
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Put one tensor in its place."""
-        slot = self._slots[name]
-        assert (tuple(tensor.shape), tensor.dtype) == (slot.shape, slot.dtype), (name, tensor.shape, tensor.dtype, slot)
-        assert name not in self._written, name
-        data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        done = 0
-        while done < len(data):
-            done += os.pwrite(self._files[slot.shard], data[done:], slot.begin + done)
-        self._written.add(name)
-
-    def finish(self) -> None:
-        """Write the index, if any, and close the files; every tensor must have been written."""
-        missing = sorted(self._slots.keys() - self._written)
-        assert not missing, missing
-        self.close()
-        if self._index is not None:
-            weight_map = {name: self._names[slot.shard] for name, slot in self._slots.items()}
-            content = {"metadata": self._metadata, "weight_map": weight_map}
-            self._index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-    def close(self) -> None:
-        """Close the files, complete or not."""
-        while self._files:
-            os.close(self._files.pop())
-
-
-@contextlib.contextmanager
-def hf_writer(
-    folder: Path, tensors: Sequence[tuple[str, tuple[int, ...]]], dtypes: Mapping[str, torch.dtype], limit: int
-) -> Iterator[HfWriter]:
-    """Open a `HfWriter` that is finished when the block ends well and closed in any case."""
-    writer = HfWriter(folder, tensors, dtypes, limit)
-    try:
-        yield writer
-        writer.finish()
-    finally:
-        writer.close()
-
-
-# The order of safetensors' dtype enumeration; a file holds the largest first.
-_RANK = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
-
-
-def _header(
-    order: Sequence[str], shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype]
-) -> tuple[bytes, int]:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in order:
-        begin, end = end, end + _num_bytes(shapes[name], dtypes[name])
-        header[name] = {"dtype": _NAMES[dtypes[name]], "shape": list(shapes[name]), "data_offsets": [begin, end]}
-    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    raw += b" " * (-len(raw) % 8)
-    return struct.pack("<Q", len(raw)) + raw, end
-
-
-def _fill_shards(tensors: Sequence[tuple[str, int]], limit: int) -> list[list[str]]:
-    """Distribute (name, bytes) as huggingface_hub does: in order, a tensor above the limit in a file of its own."""
-    shards: list[list[str]] = []
-    current: list[str] = []
-    used = 0
-    for name, num_bytes in tensors:
-        if num_bytes > limit:
-            shards.append([name])
-            continue
-        if used + num_bytes > limit:
-            shards.append(current)
-            current, used = [], 0
-        current.append(name)
-        used += num_bytes
-    return [*shards, current] if current else shards
-
-
 def _compare_manifest(path: Path) -> None:
     if not (path / manifest.MANIFEST_NAME).is_file():
         logger.info("%s: no %s, so the content is not verified against digests", path, manifest.MANIFEST_NAME)
@@ -333,14 +217,3 @@ def _compare_manifest(path: Path) -> None:
 def _stamp(file: Path) -> tuple[int, int, int]:
     status = file.stat()
     return status.st_mtime_ns, status.st_size, status.st_ino
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
-
-
-def _num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    return _count(shape) * dtype.itemsize

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from megatron_qwen.conversion.parameters import Parameter, Shard
+    from megatron_qwen.conversion.plan import ConversionPlan
     from megatron_qwen.model.config import QwenConfig
 
 
@@ -32,6 +33,9 @@ class WeightSource(Protocol):
 
     path: Path
     config: QwenConfig
+
+    def plan(self, dtype: torch.dtype | None = None) -> ConversionPlan:
+        """Prove from the headers that the folder holds its model, or list every contradiction; plan the conversion."""
 
     def dtype_of(self, parameter: Parameter) -> torch.dtype:
         """Return the dtype in which the parameter is stored."""

@@ -1,7 +1,6 @@
-"""Megatron `torch_dist` checkpoints read and written without a model, a process group or megatron-core.
+"""Megatron `torch_dist` checkpoints as sources, read without a model, a process group or megatron-core.
 
-The format is torch's distributed checkpoint plus `metadata.json` and `common.pt`. Writing goes through torch's own
-planner and file writer, one parameter at a time; what is written loads in a stock GPTModel with strict checking.
+The format is torch's distributed checkpoint plus `metadata.json` and `common.pt`; `torch_dist_output` writes it.
 Folder of a run or an import:
 
     DIR/latest_checkpointed_iteration.txt    "release" or a step
@@ -11,37 +10,23 @@ Folder of a run or an import:
 
 from __future__ import annotations
 
-import io
-import json
 import logging
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_qwen.checkpoint import manifest
-from megatron_qwen.checkpoint.pickles import read_metadata
+from megatron_qwen.checkpoint.pickles import METADATA_NAME, read_metadata
 from megatron_qwen.checkpoint.strict_json import listing
 from megatron_qwen.conversion.chunks import ChunkReader
-from megatron_qwen.conversion.hf import cut_vocabulary, head_sizes
-from megatron_qwen.conversion.parameters import WHOLE, Parameter, Shard, StoredPlace, extra_state_keys
-from megatron_qwen.conversion.plan import ConversionPlan, PlannedParameter, StoredTensor, find_places
-from megatron_qwen.conversion.side_files import megatron_lm_args
-from megatron_qwen.conversion.transforms import TRANSFORMS, unpad_rows
+from megatron_qwen.conversion.hf import FileStamps, head_sizes
+from megatron_qwen.conversion.parameters import WHOLE, Parameter, Shard, StoredPlace
+from megatron_qwen.conversion.plan import ConversionPlan, StoredTensor, find_places, plan_export
+from megatron_qwen.conversion.rows import MegatronRows
+from megatron_qwen.conversion.transforms import TRANSFORMS, pad_rows, unpad_rows
 from megatron_qwen.errors import ConfigError, CorruptInputError, IncompleteInputError
 from megatron_qwen.model.config import QwenConfig
 
@@ -50,17 +35,10 @@ logger = logging.getLogger(__name__)
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 HF_FOLDER = "hf"
-METADATA_JSON = {
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
 WEIGHT_PREFIXES = ("embedding.", "decoder.", "output_layer.")
-_WRITER_THREADS = 2
 
 
-class MegatronFolder:
+class MegatronFolder(MegatronRows):
     """The weights of a `torch_dist` checkpoint as a source of Megatron and Hugging Face tensors.
 
     Attributes:
@@ -95,6 +73,34 @@ class MegatronFolder:
             logger.info("%s: %d tensors and objects that are not weights are not read", self.path, self.ignored)
         self._chunks = ChunkReader(self.path, metadata, tensors)
         self._places = find_places(self.config, self.stored)
+        self._stamps = FileStamps({self.path / METADATA_NAME, *self._chunks.files()})
+
+    def plan(self, dtype: torch.dtype | None = None) -> ConversionPlan:
+        """Prove from the headers that the folder holds its model, and plan the conversion to `dtype`.
+
+        Raises:
+            MismatchError: config.json and weights contradict each other; the message lists everything found.
+        """
+        return plan_export(self.config, self.stored, where=str(self.path), dtype=dtype)
+
+    def dtype_of(self, parameter: Parameter) -> torch.dtype:
+        """Return the dtype in which the parameter is stored."""
+        return self.stored[self._place(parameter).key].dtype
+
+    def rows(self, parameter: Parameter, begin: int, end: int) -> Tensor:
+        """Return rows of the parameter as Megatron lays it out, without vocabulary padding.
+
+        Raises:
+            MismatchError: the last row is asked for, and padding beyond it is not zero.
+        """
+        place = self._place(parameter)
+        size, rest = parameter.shape[0], parameter.shape[1:]
+        stored_rows = self.stored[place.key].shape[len(place.index)]
+        last = stored_rows if end == size else end
+        box = self._chunks.read(
+            place.key, (*place.index, begin, *(0 for _ in rest)), (*(1 for _ in place.index), last - begin, *rest)
+        )
+        return unpad_rows(box.reshape(last - begin, *rest), end - begin, place.key, begin)
 
     def read(self, parameter: Parameter, shard: Shard = WHOLE, *, vocabulary_rows: int | None = None) -> Tensor:
         """Return the parameter as Megatron lays it out, or one tensor-parallel shard of it.
@@ -106,8 +112,9 @@ class MegatronFolder:
         """
         place = self._place(parameter)
         if parameter.has_vocabulary_rows:
-            whole = self._chunks.read(place.key, (0, 0), parameter.shape)
-            return cut_vocabulary(whole, vocabulary_rows or parameter.shape[0], shard)
+            count = (vocabulary_rows or parameter.shape[0]) // shard.size
+            begin, end = (min(i * count, parameter.shape[0]) for i in (shard.rank, shard.rank + 1))
+            return pad_rows(self.rows(parameter, begin, end), count)
         family = parameter.family
         pieces = TRANSFORMS[family.transform].num_pieces if shard.size > 1 else 1
         boxes = [
@@ -123,16 +130,16 @@ class MegatronFolder:
         Raises:
             MismatchError: the padding is not zero.
         """
-        place = self._place(parameter)
-        if parameter.has_vocabulary_rows:
-            whole = self._chunks.read(place.key, (0, 0), self.stored[place.key].shape)
-            return (unpad_rows(whole, parameter.shape[0], place.key),)
         transform = TRANSFORMS[parameter.family.transform]
-        return transform.megatron_to_hf(self.read(parameter), head_sizes(self.config))
+        return transform.megatron_to_hf(self.rows(parameter, 0, parameter.shape[0]), head_sizes(self.config))
 
-    def side_folders(self) -> tuple[Path, Path]:
+    def side_folders(self) -> tuple[Path, ...]:
         """Return where config and tokenizer of the checkpoint may lie."""
         return self.path.parent / HF_FOLDER, self.path / HF_FOLDER
+
+    def check_unchanged(self) -> None:
+        """Raise CorruptInputError if a file was replaced or written to since it was opened."""
+        self._stamps.check(self.path)
 
     def _place(self, parameter: Parameter) -> StoredPlace:
         place = self._places.get(parameter) or StoredPlace(parameter.megatron_name, (), ())
@@ -193,105 +200,6 @@ def find_step_folder(path: Path, step: int | None = None) -> Path:
     if name not in there:
         raise IncompleteInputError(f"{path}: no complete checkpoint {name}; {choices}")
     return path / name
-
-
-def write_torch_dist(
-    folder: Path, plan: ConversionPlan, read: Callable[[PlannedParameter], Tensor], *, iteration: int = 0
-) -> None:
-    """Write the parameters of `plan` as a torch_dist checkpoint into the existing, empty `folder`.
-
-    Args:
-        folder: the step's folder.
-        plan: what to write and where.
-        read: returns a parameter in its target dtype; called once for each, from several threads.
-        iteration: for the common state.
-    """
-    planner = _StreamingPlanner(plan, read)
-    # One plan and one file per thread, as if each were a rank: torch's own writer threads lose their exceptions.
-    writer = _Writer(folder, single_file_per_rank=True, thread_count=1, sync_files=False)
-    writer.set_up_storage_writer(True)
-    plans = [writer.prepare_local_plan(plan) for plan in planner.create_local_plans(_WRITER_THREADS)]
-    plans, metadata = planner.create_global_plan(plans)
-    plans = writer.prepare_global_plan(plans)
-    with ThreadPoolExecutor(max_workers=_WRITER_THREADS) as pool:
-        results = list(pool.map(lambda each: writer.write_data(each, planner).wait(), plans))
-    writer.finish(metadata, results)
-    common = {"args": megatron_lm_args(plan.config), "checkpoint_version": 3.0, "iteration": iteration}
-    torch.save(common, folder / "common.pt")
-    (folder / "metadata.json").write_text(json.dumps(METADATA_JSON), encoding="utf-8")
-
-
-class _Writer(FileSystemWriter):
-    """Torch's writer; its `.metadata` does not name the folder, which is about to be renamed and may be private."""
-
-    def storage_meta(self) -> StorageMeta:
-        return StorageMeta()
-
-
-class _StreamingPlanner(SavePlanner):
-    """Hands torch's writer one parameter at a time."""
-
-    def __init__(self, plan: ConversionPlan, read: Callable[[PlannedParameter], Tensor]) -> None:
-        self._read = read
-        self._items = {_index(item): item for item in plan.parameters}
-        self._objects = extra_state_keys(plan.config)
-
-    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
-        assert not state_dict
-
-    def create_local_plan(self) -> SavePlan:
-        (plan,) = self.create_local_plans(1)
-        return plan
-
-    def create_local_plans(self, parts: int) -> list[SavePlan]:
-        """Return what to write in parts of about equal bytes."""
-        lists: list[list[WriteItem]] = [[] for _ in range(parts)]
-        lists[0] += [WriteItem(index=MetadataIndex(key), type=WriteItemType.BYTE_IO) for key in self._objects]
-        filled = [0] * parts
-        for index, item in sorted(self._items.items(), key=lambda pair: -pair[1].target_bytes):
-            part = filled.index(min(filled))
-            lists[part].append(_write_item(index, item))
-            filled[part] += item.target_bytes
-        return [SavePlan(items) for items in lists]
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        described: dict[str, Any] = {}
-        for item in (item for plan in all_plans for item in plan.items):
-            if item.tensor_data is None:
-                described[item.index.fqn] = BytesStorageMetadata()
-                continue
-            header = TensorStorageMetadata(item.tensor_data.properties, item.tensor_data.size, [])
-            described.setdefault(item.index.fqn, header).chunks.append(item.tensor_data.chunk)
-        return all_plans, Metadata(described)
-
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        return new_plan
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        if write_item.type == WriteItemType.BYTE_IO:
-            content = io.BytesIO()
-            torch.save([None], content)
-            return content
-        item = self._items[write_item.index]
-        return self._read(item).reshape(*(1 for _ in item.place.index), *item.parameter.shape).contiguous()
-
-
-def _index(item: PlannedParameter) -> MetadataIndex:
-    return MetadataIndex(item.place.key, torch.Size((*item.place.index, *(0 for _ in item.parameter.shape))))
-
-
-def _write_item(index: MetadataIndex, item: PlannedParameter) -> WriteItem:
-    place, shape = item.place, item.parameter.shape
-    assert index.offset is not None, index
-    data = TensorWriteData(
-        chunk=ChunkStorageMetadata(
-            offsets=index.offset,
-            sizes=torch.Size((*(1 for _ in place.index), *shape)),
-        ),
-        properties=TensorProperties(dtype=item.target_dtype),
-        size=torch.Size((*place.leading, *shape)),
-    )
-    return WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data)
 
 
 def _is_weight(key: str) -> bool:

@@ -42,7 +42,9 @@ def _runs(kind: str, counts: tuple[int, ...], num_groups: int, head_dim: int) ->
     if len(counts) == 1:
         return (Run(0, 0, 0, counts[0]),)
     numbers = torch.arange(sum(counts))
-    merged = TRANSFORMS[kind].hf_to_megatron(numbers.split(counts), HeadSizes(num_groups=num_groups, head_dim=head_dim))
+    merged = TRANSFORMS[kind].hf_to_megatron(
+        torch.split(numbers, list(counts)), HeadSizes(num_groups=num_groups, head_dim=head_dim)
+    )
     ends = torch.tensor(counts).cumsum(0)
     index = torch.searchsorted(ends, merged, right=True)
     starts = torch.ones_like(merged, dtype=torch.bool)

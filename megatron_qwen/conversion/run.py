@@ -2,160 +2,88 @@
 
 import_hf("Qwen2.5-0.5B", "megatron")        # Hugging Face -> Megatron torch_dist
 export_hf("megatron", "hf")                  # and back, bit for bit
+plan = prepare_import("Qwen2.5-72B", "mg")   # the proof alone: no weight is read, nothing is written
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+import megatron_qwen
 from megatron_qwen.checkpoint import manifest
-from megatron_qwen.checkpoint.atomic import commit, discard, make_staging, storage_errors
-from megatron_qwen.conversion.hf import HfFolder, copy_companions, hf_writer, write_config
+from megatron_qwen.checkpoint.atomic import STAGING_MARK, storage_errors
+from megatron_qwen.conversion.engine import check_memory, default_threads, peak_memory, write_output
+from megatron_qwen.conversion.hf import HfFolder
+from megatron_qwen.conversion.interfaces import OutputFile, WeightSource
 from megatron_qwen.conversion.loading import load_model, load_weights_into, open_source, read_config
-from megatron_qwen.conversion.megatron import HF_FOLDER, RELEASE, TRACKER_NAME, MegatronFolder, write_torch_dist
-from megatron_qwen.conversion.names import EMBEDDING_NAME
-from megatron_qwen.conversion.numerics import NumericGuard
-from megatron_qwen.conversion.parameters import hf_file_order, tied_output
-from megatron_qwen.conversion.plan import ConversionPlan, PlannedParameter, plan_export, plan_import
-from megatron_qwen.errors import ConfigError, MismatchError, StorageError
-from megatron_qwen.model.config import QwenConfig
+from megatron_qwen.conversion.megatron import RELEASE, MegatronFolder
+from megatron_qwen.conversion.numerics import CheckedWeights
+from megatron_qwen.conversion.options import ConversionOptions
+from megatron_qwen.conversion.outputs import hf_files, megatron_files
+from megatron_qwen.conversion.parameters import tied_output
+from megatron_qwen.conversion.plan import ConversionPlan
+from megatron_qwen.conversion.progress import progress_bar
+from megatron_qwen.conversion.report import ConversionReport, DryRun, FileSize, expected_seconds
+from megatron_qwen.conversion.staging import Staging, finish, is_finished, staged, usable_bytes
+from megatron_qwen.conversion.verification import verify_output
+from megatron_qwen.errors import Interrupted, MismatchError, QwenError, StorageError
+from megatron_qwen.signals import StopRequest
 
 __all__ = [
+    "Conversion",
     "ConversionReport",
     "export_hf",
     "import_hf",
     "load_model",
     "load_weights_into",
     "open_source",
+    "prepare_export",
+    "prepare_import",
+    "prepare_reshard",
     "read_config",
+    "reshard",
 ]
 
 logger = logging.getLogger(__name__)
 
-DTYPES: Mapping[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-DEFAULT_SHARD_BYTES = 50 * 10**9  # save_pretrained's
-_THREADS = 2
-# Side files, headers and zip framing of a torch_dist chunk, generously.
-_OVERHEAD_BYTES, _OVERHEAD_PER_TENSOR = 32 * 2**20, 4096
+# Folders, the manifest and the journal, generously.
+_OVERHEAD_BYTES = 8 * 2**20
+_SCAN_ROWS = 4096
+_T = TypeVar("_T")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ConversionReport:
-    """What a conversion did.
-
-    Attributes:
-        direction: "hf -> megatron" or "megatron -> hf".
-        source, target: folders.
-        tensors: Hugging Face tensors converted.
-        weight_bytes: bytes of weights at the target.
-        dtype: of the weights at the target.
-        seconds: wall time, from reading headers to the rename.
-        max_cast_error: largest |x - cast(x)| where dtypes differ; 0 for a bitwise copy.
-        notes: what a user should know.
-    """
-
-    direction: str
-    source: str
-    target: str
-    tensors: int
-    weight_bytes: int
-    dtype: str
-    seconds: float
-    max_cast_error: float
-    notes: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the report as JSON types."""
-        return {**asdict(self), "notes": list(self.notes), "megabytes_per_second": self.megabytes_per_second}
-
-    @property
-    def megabytes_per_second(self) -> float:
-        """Weight bytes at the target over wall time, in 10^6 bytes per second."""
-        return self.weight_bytes / 1e6 / self.seconds
-
-
-def import_hf(
-    hf_dir: str | Path,
-    out_dir: str | Path,
-    *,
-    dtype: torch.dtype | str | None = None,
-    overwrite: bool = False,
-    progress: bool = True,
-    allow_nonfinite: bool = False,
-) -> ConversionReport:
-    """Convert a Hugging Face folder to a Megatron torch_dist checkpoint `out_dir/release`.
+def import_hf(hf_dir: str | Path, out_dir: str | Path, **options: Any) -> ConversionReport:
+    """Convert a Hugging Face folder to a Megatron checkpoint of weights, `out_dir/release`.
 
     Args:
         hf_dir: config.json and safetensors.
         out_dir: made in one rename when everything is written; `hf/` in it carries config and tokenizer.
-        dtype: cast the weights; None keeps each tensor's dtype.
-        overwrite: replace an existing `out_dir`, unless it holds training steps.
-        progress: show a bar on stderr.
-        allow_nonfinite: convert NaN and infinity as they are.
+        options: fields of `ConversionOptions`.
 
     Raises:
         MismatchError, ConfigError, CorruptInputError, IncompleteInputError, UnsafeInputError: the input.
         NumericsError: NaN, infinity, or overflow in `dtype`.
         StorageError: disk full, or the target is in the way.
+        Interrupted: SIGINT or SIGTERM; `resume=True` goes on.
     """
-    started = time.monotonic()
-    target = Path(out_dir)
-    guard = NumericGuard(_dtype(dtype), allow_nonfinite=allow_nonfinite)
-    source = HfFolder(Path(hf_dir))
-    plan = plan_import(source.config, source.entries, where=str(hf_dir), dtype=guard.dtype)
-    if plan.has_equal_output:
-        _require_equal_output(source.tensor(EMBEDDING_NAME), source.tensor("lm_head.weight"), str(hf_dir))
-    _check_target(target, overwrite=overwrite)
-    with _staged(target, plan.target_bytes, len(plan.parameters), overwrite=overwrite) as staging:
-        side, step = staging / HF_FOLDER, staging / RELEASE
-        side.mkdir()
-        step.mkdir()
-        write_config(side, plan.config)
-        copy_companions(source.path, side)
-        with _bar("import", plan, progress) as advance:
-
-            def read(item: PlannedParameter) -> Tensor:
-                names = item.parameter.hf_names
-                checked = [guard.check(name, source.tensor(name)) for name in names]
-                tensor = source.assemble(item.parameter, checked)
-                advance(len(names), item.target_bytes)
-                return tensor
-
-            write_torch_dist(step, plan, read)
-        source.check_unchanged()
-        manifest.write_manifest(step)
-        (staging / TRACKER_NAME).write_text(RELEASE, encoding="utf-8")
-    return _report("hf -> megatron", hf_dir, target, plan, guard, started)
+    return prepare_import(hf_dir, out_dir, **options).run()
 
 
 def export_hf(
-    megatron_dir: str | Path,
-    out_dir: str | Path,
-    *,
-    step: int | None = None,
-    dtype: torch.dtype | str | None = None,
-    overwrite: bool = False,
-    progress: bool = True,
-    allow_nonfinite: bool = False,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-    config: QwenConfig | None = None,
+    megatron_dir: str | Path, out_dir: str | Path, *, step: int | None = None, config: Any = None, **options: Any
 ) -> ConversionReport:
-    """Convert the weights of a Megatron torch_dist checkpoint to a Hugging Face folder.
+    """Convert the weights of a Megatron checkpoint to a Hugging Face folder; raises as `import_hf`.
 
     Optimizer state and the like are passed over, with one logged line.
 
@@ -163,75 +91,288 @@ def export_hf(
         megatron_dir: an import, a training run, or one step's folder.
         out_dir: made in one rename when everything is written.
         step: the step of a run; None takes what the tracker names.
-        dtype: cast the weights; None keeps each tensor's dtype.
-        overwrite: replace an existing `out_dir`.
-        progress: show a bar on stderr.
-        allow_nonfinite: convert NaN and infinity as they are.
-        max_shard_bytes: largest number of tensor bytes in one file.
-        config: the model, for a checkpoint without `hf/config.json`.
-
-    Raises:
-        As `import_hf`.
+        config: QwenConfig of the model, for a checkpoint without `hf/config.json`.
+        options: fields of `ConversionOptions`.
     """
-    started = time.monotonic()
-    target = Path(out_dir)
-    guard = NumericGuard(_dtype(dtype), allow_nonfinite=allow_nonfinite)
+    return prepare_export(megatron_dir, out_dir, step=step, config=config, **options).run()
+
+
+def reshard(
+    in_dir: str | Path, out_dir: str | Path, *, step: int | None = None, config: Any = None, **options: Any
+) -> ConversionReport:
+    """Convert a Megatron checkpoint to another Megatron format or layout; arguments and errors as `export_hf`."""
+    return prepare_reshard(in_dir, out_dir, step=step, config=config, **options).run()
+
+
+def prepare_import(hf_dir: str | Path, out_dir: str | Path, **options: Any) -> Conversion:
+    """Prove from headers that `import_hf` can do its work, and return it ready to run."""
+    chosen = ConversionOptions(**options)
+    return _prepare("hf -> megatron", HfFolder(Path(hf_dir)), Path(out_dir), chosen, megatron_files)
+
+
+def prepare_export(
+    megatron_dir: str | Path, out_dir: str | Path, *, step: int | None = None, config: Any = None, **options: Any
+) -> Conversion:
+    """Prove from headers that `export_hf` can do its work, and return it ready to run."""
+    chosen = ConversionOptions(**options)
     source = MegatronFolder(Path(megatron_dir), step=step, config=config)
-    plan = plan_export(source.config, source.stored, where=str(source.path), dtype=guard.dtype)
-    if plan.has_equal_output:
-        output = tied_output(source.config)
-        embedding = plan.parameters[0].parameter
-        _require_equal_output(source.hf_tensors(embedding)[0], source.hf_tensors(output)[0], str(source.path))
-    _check_target(target, overwrite=overwrite)
-    with _staged(target, plan.target_bytes, len(plan.parameters), overwrite=overwrite) as staging:
-        write_config(staging, plan.config)
-        side = next((folder for folder in source.side_folders() if folder.is_dir()), None)
-        if side is not None:
-            copy_companions(side, staging)
-        order = hf_file_order(tuple(item.parameter for item in plan.parameters))
-        dtypes = {name: item.target_dtype for item in plan.parameters for name in item.parameter.hf_names}
-        with _bar("export", plan, progress) as advance, hf_writer(staging, order, dtypes, max_shard_bytes) as writer:
-
-            def convert(item: PlannedParameter) -> None:
-                for name, tensor in zip(item.parameter.hf_names, source.hf_tensors(item.parameter), strict=True):
-                    writer.write(name, guard.check(name, tensor))
-                advance(len(item.parameter.hf_names), item.target_bytes)
-
-            _for_each(convert, plan.parameters)
-        manifest.write_manifest(staging)
-    return _report("megatron -> hf", source.path, target, plan, guard, started)
+    return _prepare("megatron -> hf", source, Path(out_dir), chosen, hf_files)
 
 
-def _for_each(convert: Callable[[PlannedParameter], None], items: tuple[PlannedParameter, ...]) -> None:
-    """Call `convert` on every item from a few threads; the first error ends it."""
-    with ThreadPoolExecutor(max_workers=_THREADS) as pool:
-        futures = [pool.submit(convert, item) for item in items]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+def prepare_reshard(
+    in_dir: str | Path, out_dir: str | Path, *, step: int | None = None, config: Any = None, **options: Any
+) -> Conversion:
+    """Prove from headers that `reshard` can do its work, and return it ready to run."""
+    chosen = ConversionOptions(**options)
+    source = MegatronFolder(Path(in_dir), step=step, config=config)
+    return _prepare("megatron -> megatron", source, Path(out_dir), chosen, megatron_files)
 
 
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise ConfigError(f"dtype: got {dtype!r}, expected one of {', '.join(DTYPES)}")
-        return DTYPES[dtype]
-    return dtype
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """A conversion that is proved and not begun.
 
+    Attributes:
+        direction: "hf -> megatron", "megatron -> hf" or "megatron -> megatron".
+        source: its weights.
+        target: the folder to be made.
+        plan: every parameter.
+        weights: the source, checked and cast.
+        files: of the target, the manifest excepted.
+        options: as asked for.
+        fingerprint: decides every byte of the output.
+        started: `time.monotonic()` before the first header was read.
+    """
 
-def _require_equal_output(embedding: Tensor, output: Tensor, where: str) -> None:
-    if embedding.dtype != output.dtype or not torch.equal(_bits(embedding), _bits(output)):
-        raise MismatchError(
-            f"{where}: config.json ties the embeddings (tie_word_embeddings), but the output matrix differs from the "
-            "embedding. One of the two is wrong: set tie_word_embeddings to false, or remove lm_head.weight"
+    direction: str
+    source: WeightSource
+    target: Path
+    plan: ConversionPlan
+    weights: CheckedWeights
+    files: tuple[OutputFile, ...]
+    options: ConversionOptions
+    fingerprint: Mapping[str, Any]
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def manifest_name(self) -> str:
+        """Where the manifest lies in the target."""
+        return manifest.MANIFEST_NAME if self.direction.endswith("hf") else f"{RELEASE}/{manifest.MANIFEST_NAME}"
+
+    @property
+    def num_tensors(self) -> int:
+        """Hugging Face tensors that are converted."""
+        return sum(len(item.parameter.hf_names) for item in self.plan.parameters)
+
+    @property
+    def threads(self) -> int:
+        """Writer threads."""
+        return self.options.threads or default_threads()
+
+    def dry_run(self) -> DryRun:
+        """Return what `run` would do; measures the rate of disk and processor for a moment."""
+        total = sum(file.num_bytes for file in self.files)
+        return DryRun(
+            direction=self.direction,
+            source=str(self.source.path),
+            target=str(self.target),
+            tensors=self.num_tensors,
+            weight_bytes=self.plan.target_bytes,
+            dtype=self.plan.config.torch_dtype,
+            files=tuple(FileSize(file.name, file.num_bytes) for file in self.files),
+            total_bytes=total,
+            free_bytes=shutil.disk_usage(_existing(self.target)).free,
+            peak_memory_bytes=peak_memory(self.files, self.threads, self.options.max_memory),
+            expected_seconds=expected_seconds(total, _existing(self.target)),
+            notes=self.plan.notes,
+        )
+
+    def run(self) -> ConversionReport:
+        """Convert; raises as `import_hf`."""
+        if self.options.resume and is_finished(self.target, self.fingerprint, self.manifest_name):
+            note = f"{self.target} was finished already; what was left beside it is deleted"
+            return self._report(verify_seconds=0.0, reused=len(self.files), notes=[note])
+        _check_target(self.target, overwrite=self.options.overwrite)
+        if self.plan.has_equal_output:
+            self._require_equal_output()
+        with StopRequest() as stop:
+            try:
+                with staged(self.target, self.fingerprint, resume=self.options.resume) as staging:
+                    return self._write(staging, lambda: stop.is_set)
+            except (Interrupted, KeyboardInterrupt):
+                raise Interrupted(
+                    f"{self.target}: interrupted; the finished files are kept in {staging.path.name}, and --resume "
+                    "goes on with them"
+                ) from None
+
+    def _write(self, staging: Staging, is_stopped: Callable[[], bool]) -> ConversionReport:
+        known = len(staging.journal.finished)
+        with progress_bar(
+            self.direction, self.num_tensors, self._piece_bytes(), is_shown=self.options.progress
+        ) as advance:
+            write_output(
+                self.files,
+                staging.output,
+                threads=self.threads,
+                max_memory=self.options.max_memory,
+                advance=advance,
+                journal=staging.journal,
+                is_stopped=is_stopped,
+            )
+        verify_seconds = 0.0
+        if self.options.verify:
+            began = time.monotonic()
+            verify_output(staging.output, self.plan, self.weights, threads=self.threads, is_stopped=is_stopped)
+            verify_seconds = time.monotonic() - began
+        self.source.check_unchanged()
+        finish(staging, self.target, self.manifest_name, overwrite=self.options.overwrite or self.target.is_dir())
+        return self._report(verify_seconds=verify_seconds, reused=known, notes=[])
+
+    def _piece_bytes(self) -> int:
+        return sum(piece.num_bytes for file in self.files for piece in file.pieces)
+
+    def _require_equal_output(self) -> None:
+        embedding, output = self.plan.parameters[0].parameter, tied_output(self.source.config)
+        for begin in range(0, embedding.shape[0], _SCAN_ROWS):
+            end = min(begin + _SCAN_ROWS, embedding.shape[0])
+            a, b = (self.source.hf_rows(item, 0, begin, end) for item in (embedding, output))
+            if a.dtype != b.dtype or not torch.equal(_bits(a), _bits(b)):
+                raise MismatchError(
+                    f"{self.source.path}: config.json ties the embeddings (tie_word_embeddings), but the output matrix "
+                    "differs from the embedding. One of the two is wrong: set tie_word_embeddings to false, or remove "
+                    "lm_head.weight"
+                )
+
+    def _report(self, *, verify_seconds: float, reused: int, notes: list[str]) -> ConversionReport:
+        notes = [*self.plan.notes, *notes]
+        if self.weights.changed:
+            notes.append(
+                f"the cast changed values in {len(self.weights.changed)} parameters, by at most "
+                f"{self.weights.max_cast_error:.3g}"
+            )
+        for note in notes:
+            logger.info("%s: %s", self.target, note)
+        return ConversionReport(
+            direction=self.direction,
+            source=str(self.source.path),
+            target=str(self.target),
+            tensors=self.num_tensors,
+            weight_bytes=self.plan.target_bytes,
+            dtype=self.plan.config.torch_dtype,
+            seconds=time.monotonic() - self.started - verify_seconds,
+            verify_seconds=verify_seconds,
+            reused_files=reused,
+            max_cast_error=self.weights.max_cast_error,
+            notes=tuple(notes),
         )
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(torch.uint8)
+def _prepare(
+    direction: str,
+    source: WeightSource,
+    target: Path,
+    options: ConversionOptions,
+    output: Callable[[WeightSource, ConversionPlan, CheckedWeights, ConversionOptions], list[OutputFile]],
+) -> Conversion:
+    """Prove everything that can be proved without a weight; all that contradicts comes in one error."""
+    started = time.monotonic()
+    problems: list[QwenError] = []
+    if not options.resume:
+        _collect(problems, lambda: _check_target(target, overwrite=options.overwrite))
+    plan = _collect(problems, lambda: source.plan(options.torch_dtype))
+    weights = CheckedWeights(source, options.torch_dtype, allow_nonfinite=options.allow_nonfinite)
+    files = _collect(problems, lambda: output(source, plan, weights, options)) if plan is not None else None
+    if plan is None or files is None:
+        _raise(problems)
+        raise AssertionError("no plan and no problem")
+    fingerprint = _fingerprint(direction, source, target, plan, files, options)
+    _collect(problems, lambda: check_memory(files, options.max_memory))
+    _collect(problems, lambda: _check_disk(target, sum(file.num_bytes for file in files), fingerprint, options))
+    _raise(problems)
+    return Conversion(
+        direction=direction,
+        source=source,
+        target=target,
+        plan=plan,
+        weights=weights,
+        files=tuple(files),
+        options=options,
+        fingerprint=fingerprint,
+        started=started,
+    )
+
+
+def _collect(problems: list[QwenError], step: Callable[[], _T]) -> _T | None:
+    try:
+        return step()
+    except QwenError as error:
+        problems.append(error)
+        return None
+
+
+def _raise(problems: list[QwenError]) -> None:
+    """Raise the problems as one error, of the kind of the first."""
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise type(problems[0])("\n".join(str(problem) for problem in problems))
+
+
+def _fingerprint(
+    direction: str,
+    source: WeightSource,
+    target: Path,
+    plan: ConversionPlan,
+    files: list[OutputFile],
+    options: ConversionOptions,
+) -> Mapping[str, Any]:
+    """Return what decides the bytes of an output, as JSON gives it back."""
+    content = {
+        "version": megatron_qwen.__version__,
+        "direction": direction,
+        "source": str(source.path.resolve()),
+        "source_files": _stamps(source.path, target),
+        "config": plan.config.to_hf(),
+        "options": {
+            "dtype": str(options.torch_dtype),
+            "allow_nonfinite": options.allow_nonfinite,
+            "ckpt_format": options.ckpt_format,
+            "layout": repr(options.layout),
+            "optimizer": options.optimizer,
+        },
+        "files": {file.name: file.num_bytes for file in files},
+    }
+    parsed: Mapping[str, Any] = json.loads(json.dumps(content))
+    return parsed
+
+
+def _stamps(folder: Path, target: Path) -> dict[str, list[int]]:
+    """Return size and time of every file below `folder`, the target's own excepted."""
+    stamps = {}
+    for root, folders, names in os.walk(folder):
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and STAGING_MARK not in name and Path(root, name).resolve() != target.resolve()
+        ]
+        for name in names:
+            status = Path(root, name).stat()
+            stamps[Path(root, name).relative_to(folder).as_posix()] = [status.st_size, status.st_mtime_ns]
+    return dict(sorted(stamps.items()))
+
+
+def _check_disk(target: Path, num_bytes: int, fingerprint: Mapping[str, Any], options: ConversionOptions) -> None:
+    with storage_errors(f"cannot use {target}"):
+        free = shutil.disk_usage(_existing(target)).free
+        free += usable_bytes(target, fingerprint) if options.resume else 0
+    needed = num_bytes + _OVERHEAD_BYTES
+    if free < needed:
+        raise StorageError(f"{target}: needs {needed:,} bytes, {free:,} are free on that disk; free some space")
+
+
+def _existing(path: Path) -> Path:
+    """Return the nearest folder above `path` that exists."""
+    return next(parent for parent in path.absolute().parents if parent.is_dir())
 
 
 def _check_target(target: Path, *, overwrite: bool) -> None:
@@ -249,68 +390,5 @@ def _check_target(target: Path, *, overwrite: bool) -> None:
             raise StorageError(f"{target}: holds training steps ({steps[0]} ...), which --overwrite does not delete")
 
 
-@contextmanager
-def _staged(target: Path, weight_bytes: int, tensors: int, *, overwrite: bool) -> Iterator[Path]:
-    """Give a staging folder; on success it becomes `target`, on failure it is deleted."""
-    staging = make_staging(target)
-    try:
-        with storage_errors(f"cannot write {target}"):
-            needed = weight_bytes + _OVERHEAD_BYTES + _OVERHEAD_PER_TENSOR * tensors
-            free = shutil.disk_usage(staging).free
-            if free < needed:
-                raise StorageError(f"{target}: needs {needed:,} bytes, {free:,} are free on that disk; free some space")
-            yield staging
-        commit(staging, target, overwrite=overwrite or target.is_dir())
-    except BaseException:
-        discard(staging)
-        raise
-
-
-@contextmanager
-def _bar(verb: str, plan: ConversionPlan, is_shown: bool) -> Iterator[Callable[[int, int], None]]:
-    """Give a function that is told (tensors, bytes) done; a bar with rate and time left on stderr if asked for."""
-    if not is_shown:
-        with nullcontext():
-            yield lambda tensors, num_bytes: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    total = sum(len(item.parameter.hf_names) for item in plan.parameters)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[tensors]}/" + f"{total} tensors"),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(verb, total=plan.target_bytes, tensors=0)
-
-        def advance(tensors: int, num_bytes: int) -> None:
-            done = bar.tasks[task].fields["tensors"] + tensors
-            bar.update(task, advance=num_bytes, tensors=done)
-
-        yield advance
-
-
-def _report(
-    direction: str, source: str | Path, target: Path, plan: ConversionPlan, guard: NumericGuard, started: float
-) -> ConversionReport:
-    notes = list(plan.notes)
-    if guard.num_cast:
-        notes.append(f"the cast changed values in {guard.num_cast} tensors, by at most {guard.max_cast_error:.3g}")
-    for note in notes:
-        logger.info("%s: %s", target, note)
-    return ConversionReport(
-        direction=direction,
-        source=str(source),
-        target=str(target),
-        tensors=sum(len(item.parameter.hf_names) for item in plan.parameters),
-        weight_bytes=plan.target_bytes,
-        dtype=plan.config.torch_dtype,
-        seconds=time.monotonic() - started,
-        max_cast_error=guard.max_cast_error,
-        notes=tuple(notes),
-    )
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)

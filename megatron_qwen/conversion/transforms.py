@@ -78,17 +78,18 @@ def pad_rows(tensor: Tensor, rows: int) -> Tensor:
     return padded
 
 
-def unpad_rows(tensor: Tensor, rows: int, name: str) -> Tensor:
-    """Inverse of `pad_rows`.
+def unpad_rows(tensor: Tensor, rows: int, name: str, first: int = 0) -> Tensor:
+    """Inverse of `pad_rows`, for rows from number `first` on.
 
     Raises:
         MismatchError: a row that is dropped is not zero, so it is no padding.
     """
     surplus = tensor[rows:]
     if torch.count_nonzero(surplus):
-        first = rows + int(surplus.flatten(1).any(dim=1).nonzero()[0])
+        bad = first + rows + int(surplus.flatten(1).any(dim=1).nonzero()[0])
+        size, total = first + rows, first + tensor.shape[0]
         raise MismatchError(
-            f"{name}: {tensor.shape[0]} rows, the model's vocabulary has {rows} (vocab_size), and row {first} beyond "
+            f"{name}: {total} rows, the model's vocabulary has {size} (vocab_size), and row {bad} beyond "
             f"it is not zero. It is not padding: correct vocab_size in config.json, or find out what wrote those rows"
         )
     return tensor[:rows]

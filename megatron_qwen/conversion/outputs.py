@@ -1,0 +1,94 @@
+"""The files that a converted model is made of, by target format."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from megatron_qwen.conversion.engine import default_threads
+from megatron_qwen.conversion.hf_output import companion_files, config_file, hf_output
+from megatron_qwen.conversion.interfaces import OutputFile, WeightSource, bytes_file
+from megatron_qwen.conversion.megatron import HF_FOLDER, RELEASE, TRACKER_NAME
+from megatron_qwen.conversion.numerics import CheckedWeights
+from megatron_qwen.conversion.options import ConversionOptions
+from megatron_qwen.conversion.parameters import extra_state_keys, hf_file_order, is_homogeneous, stored_place
+from megatron_qwen.conversion.pieces import TensorRows, block_bytes
+from megatron_qwen.conversion.plan import ConversionPlan
+from megatron_qwen.conversion.side_files import megatron_lm_args
+from megatron_qwen.conversion.torch_dist_output import ChunkRows, torch_dist_output
+
+
+def hf_files(
+    source: WeightSource, plan: ConversionPlan, weights: CheckedWeights, options: ConversionOptions
+) -> list[OutputFile]:
+    """Return the files of a Hugging Face folder."""
+    tensors = {}
+    for item in plan.parameters:
+        for index, (name, shape) in enumerate(zip(item.parameter.hf_names, item.parameter.hf_shapes, strict=True)):
+            tensors[name] = TensorRows(
+                label=name,
+                shape=shape,
+                dtype=item.target_dtype,
+                source_dtype=item.source_dtype,
+                num_tensors=1,
+                read=partial(weights.hf_rows, item.parameter, index),
+            )
+    order = hf_file_order(tuple(item.parameter for item in plan.parameters))
+    return [
+        *hf_output([tensors[name] for name, _ in order], options.max_shard_bytes, block=_block(options)),
+        config_file(plan.config),
+        *companion_files(source.side_folders()),
+    ]
+
+
+def megatron_files(
+    source: WeightSource, plan: ConversionPlan, weights: CheckedWeights, options: ConversionOptions
+) -> list[OutputFile]:
+    """Return the files of a Megatron checkpoint of weights, `release`."""
+    common = {"args": megatron_lm_args(plan.config), "checkpoint_version": 3.0, "iteration": 0}
+    return [
+        *torch_dist_output(
+            weight_chunks(plan, weights),
+            dict.fromkeys(extra_state_keys(plan.config), empty_extra_state()),
+            common,
+            folder=f"{RELEASE}/",
+            block=_block(options),
+        ),
+        config_file(plan.config, f"{HF_FOLDER}/"),
+        *companion_files(source.side_folders(), f"{HF_FOLDER}/"),
+        bytes_file(TRACKER_NAME, RELEASE.encode()),
+    ]
+
+
+def weight_chunks(plan: ConversionPlan, weights: CheckedWeights) -> Sequence[ChunkRows]:
+    """Return every parameter as a chunk of the tensor that a torch_dist checkpoint keeps it in."""
+    stacked = is_homogeneous(plan.config)
+    chunks = []
+    for item in plan.parameters:
+        place = stored_place(item.parameter, plan.config, stacked=stacked)
+        rows = TensorRows(
+            label=item.parameter.megatron_name,
+            shape=item.parameter.shape,
+            dtype=item.target_dtype,
+            source_dtype=item.source_dtype,
+            num_tensors=len(item.parameter.hf_names),
+            read=partial(weights.rows, item.parameter),
+        )
+        offset = (*place.index, *(0 for _ in item.parameter.shape))
+        shape = (*place.leading, *item.parameter.shape)
+        chunks.append(ChunkRows(key=place.key, global_shape=shape, offset=offset, rows=rows))
+    return chunks
+
+
+def empty_extra_state() -> bytes:
+    """Return what stock saving stores for the extra state of a local-spec linear layer: a list with None."""
+    stream = io.BytesIO()
+    torch.save([None], stream)
+    return stream.getvalue()
+
+
+def _block(options: ConversionOptions) -> int:
+    return block_bytes(options.max_memory, options.threads or default_threads())
