@@ -1,11 +1,7 @@
-"""Files of `torch.save`: opened as plain data with every tensor left on disk, and laid out before their tensors exist.
+"""Files of `torch.save`: opened as plain data, with every tensor left on disk.
 
     content = open_torch_file(path)                 # tensors in it are on device "meta": a shape, no memory
     place = locate(path, content["model"][name])    # where its bytes are
-    rows = place.read(0, 128)
-
-    layout = lay_out({"model": {name: torch.empty(shape, device="meta")}})
-    layout.num_bytes, layout.fixed, layout.offsets  # file size, the bytes around the tensors, where each tensor goes
 
 Pickle can run code, so it is opened under an allow-list of plain classes, `weights_only`, and never in any other way.
 """
@@ -14,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import pickle
 import threading
 import zipfile
@@ -132,38 +127,6 @@ class TensorPlace:
     strides: tuple[int, ...]
     dtype: torch.dtype
 
-    def read(self, begin: int = 0, end: int | None = None) -> Tensor:
-        """Return rows `begin` to `end` (axis 0), read into memory of their own.
-
-        Raises:
-            CorruptInputError: the file ends before them.
-        """
-        rows = (self.shape[0] if end is None else end) - begin if self.shape else 1
-        shape = (rows, *self.shape[1:]) if self.shape else ()
-        count = _span(shape, self.strides)
-        values = torch.empty(count, dtype=self.dtype)
-        start = self.offset + (begin * self.strides[0] * self.dtype.itemsize if self.shape else 0)
-        read_exactly(self.file, start, values.view(torch.uint8).numpy().data)
-        return values.as_strided(shape, self.strides)
-
-
-def read_exactly(file: Path, offset: int, target: memoryview) -> None:
-    """Fill `target` from `file` at `offset`.
-
-    Raises:
-        CorruptInputError: the file ends before.
-    """
-    descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-    try:
-        done = 0
-        while done < len(target):
-            count = os.preadv(descriptor, [target[done:]], offset + done)
-            if count == 0:
-                raise CorruptInputError(f"{file}: ends at byte {offset + done}, expected {offset + len(target)}")
-            done += count
-    finally:
-        os.close(descriptor)
-
 
 def locate(path: Path, tensor: Tensor, name: str) -> TensorPlace:
     """Return where the file has a tensor that `open_torch_file` returned.
@@ -187,7 +150,7 @@ def locate(path: Path, tensor: Tensor, name: str) -> TensorPlace:
         )
     shape, strides, size = tuple(tensor.shape), tensor.stride(), tensor.dtype.itemsize
     inner = tensor.storage_offset() * size
-    reach = inner + _span(shape, strides) * size
+    reach = inner + span(shape, strides) * size
     length = path.stat().st_size
     if reach > storage.nbytes() or begin < 0 or begin + reach > length:
         raise CorruptInputError(
@@ -196,7 +159,7 @@ def locate(path: Path, tensor: Tensor, name: str) -> TensorPlace:
     return TensorPlace(file=path, offset=begin + inner, shape=shape, strides=strides, dtype=tensor.dtype)
 
 
-def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+def span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
     """Return the number of values from a tensor's first to its last."""
     if 0 in shape:
         return 0

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from megatron_qwen.conversion.legacy_layout import vocabulary_rows
-from megatron_qwen.model.config import QwenConfig
+from megatron_qwen.errors import ConfigError, IncompleteInputError
+from megatron_qwen.model.config import QwenConfig, YarnScaling
 from megatron_qwen.model.flags import pipeline_pattern
 from megatron_qwen.model.rope import yarn_fields
 from megatron_qwen.model.transformer_config import megatron_aux_loss_coefficient
@@ -139,4 +140,113 @@ def _parallel_arguments(config: QwenConfig, layout: ParallelLayout) -> dict[str,
         "expert_tensor_parallel_size": layout.expert_tensor_parallel_size,
         "context_parallel_size": layout.cp,
         "sequence_parallel": layout.sequence_parallel,
+    }
+
+
+# What a model of this family has and others may not: argument, value, what it stands for.
+_FAMILY: tuple[tuple[str, Any, str], ...] = (
+    ("swiglu", True, "SwiGLU"),
+    ("normalization", "RMSNorm", "RMSNorm"),
+    ("add_qkv_bias", True, "biases on query, key and value"),
+    ("add_bias_linear", False, "no other biases"),
+    ("apply_layernorm_1p", False, "norm weights as they are"),
+    ("qk_layernorm", False, "no norms on query and key (Qwen3 has them)"),
+    ("multi_latent_attention", False, "no latent attention"),
+    ("mtp_num_layers", None, "no multi-token prediction"),
+    ("rotary_percent", 1.0, "rotary embedding of all of a head"),
+    ("rotary_interleaved", False, "rotary embedding in halves"),
+    ("moe_router_score_function", "softmax", "a softmax router"),
+)
+_NEEDED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "max_position_embeddings")
+_NEEDED_TOO = ("norm_epsilon", "rotary_base", "padded_vocab_size", "untie_embeddings_and_output_weights")
+_NEEDED_BY_MOE = ("moe_router_topk", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
+
+
+def config_from_args(arguments: argparse.Namespace, where: str) -> tuple[QwenConfig, tuple[str, ...]]:
+    """Return the model that Megatron-LM's arguments describe, and what they do not say, one line each.
+
+    Args:
+        arguments: `args` of a checkpoint.
+        where: the file, for messages.
+
+    Raises:
+        IncompleteInputError: they lack something that the model needs.
+        ConfigError: they describe a model that is not of this family.
+    """
+    is_moe = getattr(arguments, "num_experts", None) is not None
+    needed = (*_NEEDED, *_NEEDED_TOO, *(_NEEDED_BY_MOE if is_moe else ()))
+    absent = [name for name in needed if getattr(arguments, name, None) is None]
+    if absent:
+        raise IncompleteInputError(
+            f"{where}: the arguments in it do not say {', '.join(absent)}; give the model's config.json with --config"
+        )
+    wrong = [
+        f"{name} is {getattr(arguments, name)!r}, expected {value!r}: {meaning}"
+        for name, value, meaning in _FAMILY
+        if getattr(arguments, name, None) not in (None, value)
+    ]
+    if arguments.position_embedding_type not in ("rope", "yarn"):
+        wrong.append(f"position_embedding_type is {arguments.position_embedding_type!r}, expected 'rope' or 'yarn'")
+    if wrong:
+        raise ConfigError(f"{where}: not a Qwen2 or Qwen2-MoE model: {'; '.join(wrong)}")
+    has_groups = getattr(arguments, "group_query_attention", False)
+    config = QwenConfig(
+        model_type="qwen2_moe" if is_moe else "qwen2",
+        vocab_size=arguments.padded_vocab_size,
+        hidden_size=arguments.hidden_size,
+        intermediate_size=arguments.ffn_hidden_size,
+        num_hidden_layers=arguments.num_layers,
+        num_attention_heads=arguments.num_attention_heads,
+        num_key_value_heads=arguments.num_query_groups if has_groups else arguments.num_attention_heads,
+        max_position_embeddings=arguments.max_position_embeddings,
+        rms_norm_eps=arguments.norm_epsilon,
+        rope_theta=float(arguments.rotary_base),
+        rope_scaling=_scaling_from_args(arguments),
+        tie_word_embeddings=not arguments.untie_embeddings_and_output_weights,
+        initializer_range=getattr(arguments, "init_method_std", None) or 0.02,
+        attention_dropout=getattr(arguments, "attention_dropout", None) or 0.0,
+        torch_dtype=_dtype_name(getattr(arguments, "params_dtype", None)),
+        **(_moe_from_args(arguments) if is_moe else {}),
+    )
+    notes = (
+        "there is no config.json; the model is taken from the arguments that Megatron-LM saved",
+        f"they do not say how many of the {config.vocab_size:,} vocabulary rows are padding: all are kept",
+        "they do not say which tokens begin and end a text (bos_token_id, eos_token_id)",
+    )
+    return config, notes
+
+
+def _dtype_name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else "bfloat16"
+
+
+def _scaling_from_args(arguments: argparse.Namespace) -> YarnScaling | None:
+    if arguments.position_embedding_type != "yarn":
+        return None
+    return YarnScaling(
+        factor=arguments.rotary_scaling_factor,
+        original_max_position_embeddings=arguments.yarn_original_max_position_embeddings,
+        beta_fast=arguments.yarn_beta_fast,
+        beta_slow=arguments.yarn_beta_slow,
+        mscale=getattr(arguments, "mscale", None),
+        mscale_all_dim=getattr(arguments, "mscale_all_dim", None),
+        truncate=getattr(arguments, "yarn_correction_range_round_to_int", True),
+    )
+
+
+def _moe_from_args(arguments: argparse.Namespace) -> dict[str, Any]:
+    frequency = getattr(arguments, "moe_layer_freq", 1)
+    layers = range(arguments.num_layers)
+    # A number n makes every n-th layer a MoE layer, the first among them; a list says it for each.
+    is_moe = [not i % frequency for i in layers] if isinstance(frequency, int) else [bool(each) for each in frequency]
+    return {
+        "num_experts": arguments.num_experts,
+        "num_experts_per_tok": arguments.moe_router_topk,
+        "moe_intermediate_size": arguments.moe_ffn_hidden_size,
+        "shared_expert_intermediate_size": arguments.moe_shared_expert_intermediate_size,
+        "norm_topk_prob": not getattr(arguments, "moe_router_pre_softmax", False),
+        "router_aux_loss_coef": (getattr(arguments, "moe_aux_loss_coeff", None) or 0.0)
+        * sum(is_moe)
+        / arguments.moe_router_topk,
+        "mlp_only_layers": tuple(i for i in layers if not is_moe[i]),
     }
