@@ -1,19 +1,24 @@
-"""`megatron-qwen convert verify`: two checkpoints compared."""
+"""`megatron-qwen convert verify`: two checkpoints compared by weights, by running them, by the hashes of files."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megatron_qwen.errors import MismatchError
+from megatron_qwen.errors import ConfigError, MismatchError
 
 if TYPE_CHECKING:
+    from megatron_qwen.conversion.advance import Advance
     from megatron_qwen.conversion.comparison import VerifyReport
+    from megatron_qwen.conversion.digests import ManifestReport
+    from megatron_qwen.conversion.divergence import LogitsReport
 
-_JsonOption = Annotated[bool, typer.Option("--json", help="Print the report as JSON, without a progress bar.")]
+_ROWS_SHOWN = 60
 
 
 def register(group: typer.Typer) -> None:
@@ -23,27 +28,74 @@ def register(group: typer.Typer) -> None:
 
 def verify_command(
     a: Annotated[Path, typer.Argument(help="Hugging Face or Megatron folder.")],
-    b: Annotated[Path, typer.Argument(help="Hugging Face or Megatron folder.")],
-    logits: Annotated[bool, typer.Option("--logits", help="Also run both on the same tokens, in fp32.")] = False,
-    as_json: _JsonOption = False,
+    b: Annotated[Path | None, typer.Argument(help="Likewise; may be left out with --manifest alone.")] = None,
+    weights: Annotated[bool, typer.Option("--weights", help="Every tensor, bit for bit (the default).")] = False,
+    logits: Annotated[
+        bool, typer.Option("--logits", help="Run both in fp32; name the first layer and module that differ.")
+    ] = False,
+    manifest: Annotated[bool, typer.Option("--manifest", help="Hash the files; compare with the manifests.")] = False,
+    tokens: Annotated[int, typer.Option(help="--logits: length of the text.")] = 64,
+    seed: Annotated[int, typer.Option(help="--logits: where the text begins, or of random ids.")] = 0,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="--logits: difference of a module, as a part of its range, that counts as equal."),
+    ] = None,
+    against: Annotated[
+        str, typer.Option(help="--logits: who runs A: megatron, or transformers for a Hugging Face folder.")
+    ] = "megatron",
+    threads: Annotated[int, typer.Option(help="That read, compare and hash.")] = 2,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, without a progress bar.")] = False,
 ) -> None:
-    """Compare two checkpoints bit for bit; exit code 3 if they differ."""
-    from megatron_qwen.conversion.comparison import compare_logits, verify
+    """Compare two checkpoints of any format; exit code 3 if they differ."""
+    weights = weights or not (logits or manifest)
+    if b is None and (weights or logits):
+        raise ConfigError("convert verify: the second folder is missing; only --manifest alone does without")
+    from megatron_qwen.conversion import comparison, digests, divergence
+    from megatron_qwen.conversion.advance import silent
 
-    report = verify(a, b)
-    outcome = compare_logits(a, b) if logits else None
+    progress = silent if as_json else _bar
+    reports: dict[str, VerifyReport | ManifestReport | LogitsReport] = {}
+    if manifest:
+        folders = (a,) if b is None else (a, b)
+        reports["manifest"] = found = digests.compare_manifests(*folders, threads=threads, progress=progress)
+        if not as_json:
+            _print_files(found)
+    if weights:
+        assert b is not None
+        reports["weights"] = compared = comparison.verify(a, b, threads=threads, progress=progress)
+        if not as_json:
+            _print_differences(compared)
+    if logits:
+        assert b is not None
+        reports["logits"] = outcome = divergence.compare_logits(
+            a, b, tokens=tokens, seed=seed, tolerance=tolerance, against=against, progress=progress
+        )
+        if not as_json:
+            _print_layers(outcome)
+    is_equal = all(report.is_equal for report in reports.values())
     if as_json:
-        content = {**report.to_json(), **({"logits": outcome.to_json()} if outcome else {})}
-        typer.echo(json.dumps(content, indent=2))
-    else:
-        _print_differences(report)
-        if outcome is not None:
-            typer.echo(
-                f"logits of {outcome.tokens} tokens: largest difference {outcome.max_abs:.3g}, "
-                f"range {outcome.logit_range:.3g}"
-            )
-    if not report.is_equal or (outcome is not None and not outcome.is_equal):
+        content: dict[str, Any] = {name: report.to_json() for name, report in reports.items()}
+        typer.echo(json.dumps({"is_equal": is_equal, **content}, indent=2))
+    if not is_equal:
         raise typer.Exit(MismatchError.exit_code)
+
+
+@contextmanager
+def _bar(what: str, items: int, num_bytes: int) -> Iterator[Advance]:
+    """Show on stderr what is done, with rate and time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = [TextColumn("verify"), BarColumn(), TextColumn("{task.fields[items]}" + f"/{items} {what}")]
+    columns += [DownloadColumn(), TransferSpeedColumn()] if num_bytes else []
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=num_bytes or items, items=0)
+
+        def advance(items: int, num_bytes_done: int) -> None:
+            done = bar.tasks[task].fields["items"] + items
+            bar.update(task, advance=num_bytes_done if num_bytes else items, items=done)
+
+        yield advance
 
 
 def _print_differences(report: VerifyReport) -> None:
@@ -53,11 +105,56 @@ def _print_differences(report: VerifyReport) -> None:
     console = Console()
     size = f"{report.tensors:,} tensors, {report.weight_bytes / 1e6:,.1f} MB"
     if report.is_equal:
-        console.print(f"equal to the last bit: {size}", markup=False)
+        console.print(f"weights: equal to the last bit: {size}", markup=False)
         return
     table = Table(title=f"{len(report.differences):,} differences ({size} compared)")
     for column in ("tensor", "kind", "found in A and B", "values", "max |A-B|"):
         table.add_column(column, overflow="fold")
     for item in report.differences:
-        table.add_row(item.name, item.kind, item.detail, f"{item.count:,}", f"{item.max_abs:.3g}")
+        figures = (f"{item.count:,}", f"{item.max_abs:.3g}") if item.kind in ("values", "dtype") else ("", "")
+        table.add_row(item.name, item.kind, item.detail, *figures)
     console.print(table)
+
+
+def _print_files(report: ManifestReport) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    size = f"{report.files:,} files, {report.num_bytes / 1e6:,.1f} MB"
+    for name in report.uncovered:
+        console.print(f"note: no manifest covers {name}", markup=False, soft_wrap=True)
+    if report.is_equal:
+        console.print(f"manifest: every file is as {', '.join(report.manifests)} says: {size}", markup=False)
+        return
+    table = Table(title=f"{len(report.differences):,} files differ ({size} hashed)")
+    for column in ("file", "kind", "in the manifest", "found"):
+        table.add_column(column, overflow="fold")
+    for item in report.differences:
+        sides = [f"{side.bytes:,} bytes, {side.sha256}" if side else "-" for side in (item.expected, item.found)]
+        table.add_row(str(Path(item.folder) / item.name), item.kind, *sides)
+    console.print(table)
+
+
+def _print_layers(report: LogitsReport) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title=f"{report.tokens} tokens of {'text' if report.text else 'random ids'}, A by {report.against}")
+    for column in ("layer", "hidden state |A-B|/|A|", "worst module on equal input", "max |A-B|", "of range"):
+        table.add_column(column, overflow="fold")
+    faulty = {divergence.layer for divergence in report.divergences}
+    shown = [row for row in report.layers if len(report.layers) <= _ROWS_SHOWN or row.layer in faulty]
+    for row in shown:
+        figures = (f"{row.worst.max_abs:.3g}", f"{row.worst.value_range:.3g}") if row.worst.max_abs else ("0", "")
+        name = row.worst.module if row.worst.max_abs else "equal"
+        table.add_row(str(row.layer), f"{row.hidden.relative:.3g}", name, *figures)
+    if shown:
+        console.print(table)
+        console.print(
+            f"logits, each model by itself: max |A-B| {report.max_abs:.3g} of range {report.logit_range:.3g}; "
+            f"the same next token for {report.same_top1} of {report.tokens}",
+            markup=False,
+        )
+    console.print(report.verdict, markup=False, soft_wrap=True)

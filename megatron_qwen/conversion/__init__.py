@@ -14,7 +14,7 @@ _PUBLIC = {
     "plan_export": "plan",
     "plan_import": "plan",
     "verify": "comparison",
-    "compare_logits": "comparison",
+    "compare_logits": "divergence",
 }
 
 __all__ = sorted(_PUBLIC)
