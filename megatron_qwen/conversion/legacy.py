@@ -52,6 +52,7 @@ class LegacyFolder(MegatronRows):
         path: the step's folder.
         config: the model.
         layout: the parallel layout in which it was saved.
+        rank_files: what the files of that layout hold, those that are missing included.
         contents: what the rank files hold, by folder name; tensors are on device "meta".
         stored: header of every weight tensor, under the key that a torch_dist checkpoint would give it.
     """
@@ -86,7 +87,7 @@ class LegacyFolder(MegatronRows):
         experts = self.config.num_experts // sizes["ep"]
         self.contents = {name: split_grouped_experts(each, experts) for name, each in self.contents.items()}
         self.layout, naming, padded_rows = find_layout(self.path, self.contents, self.config, sizes)
-        expected = rank_files(self.config, self.layout, naming, padded_rows=padded_rows)
+        expected = self.rank_files = rank_files(self.config, self.layout, naming, padded_rows=padded_rows)
         check_contents(self.path, self.contents, expected)
         self._copies = _places(self.contents, expected)
         self._require_all_shards(expected)

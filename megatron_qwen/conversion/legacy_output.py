@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ from megatron_qwen.conversion.side_files import megatron_lm_args
 from megatron_qwen.conversion.transforms import TRANSFORMS, pad_rows
 from megatron_qwen.parallel.layout import ParallelLayout
 
+if TYPE_CHECKING:
+    from megatron_qwen.conversion.optimizer_legacy_output import LegacyOptimizerOutput
+
 # Returns rows of a whole parameter as Megatron lays it out, in the dtype planned for the target.
 ReadRows = Callable[[PlannedParameter, int, int], Tensor]
 
@@ -42,6 +45,7 @@ def legacy_output(
     iteration: int = 0,
     naming: Naming = LOCAL,
     arguments: argparse.Namespace | None = None,
+    optimizer: LegacyOptimizerOutput | None = None,
     block: int = BLOCK_BYTES,
 ) -> list[OutputFile]:
     """Return the rank files of a checkpoint that Megatron-LM and stock GPTModel load.
@@ -54,6 +58,7 @@ def legacy_output(
         iteration: of the step.
         naming: of the local spec or of Transformer Engine's.
         arguments: Megatron-LM's, as `args`; made from plan and layout if None.
+        optimizer: whose state goes into the same files; None writes weights alone.
         block: bytes of a piece.
 
     Raises:
@@ -64,10 +69,11 @@ def legacy_output(
     arguments = arguments or megatron_lm_args(plan.config, layout, ckpt_format="torch", transformer_impl=impl)
     head = {"args": arguments, "checkpoint_version": 3.0, "iteration": iteration}
     counted: set[str] = set()
-    return [
-        _rank_output(file, items, read, folder, head, counted, block)
+    files = [
+        _rank_output(file, items, read, folder, head, counted, block, optimizer)
         for file in rank_files(plan.config, layout, naming)
     ]
+    return files + (optimizer.distributed_files(folder) if optimizer else [])
 
 
 def _rank_output(
@@ -78,18 +84,23 @@ def _rank_output(
     head: dict[str, Any],
     counted: set[str],
     block: int,
+    optimizer: LegacyOptimizerOutput | None,
 ) -> OutputFile:
     content = head | {chunk.key: _state_dict(chunk, items) for chunk in file.chunks}
-    layout = lay_out(content)
+    state = optimizer.rank_state(file.folder) if optimizer else None
+    layout = lay_out(content | (state.entries if state else {}))
     tensors = [tensor for chunk in file.chunks for tensor in chunk.tensors]
     pieces: list[Piece] = []
-    for tensor, offset in zip(tensors, layout.offsets, strict=True):
+    for tensor, offset in zip(tensors, layout.offsets, strict=state is None):
         item = items[tensor.parameter]
         name = tensor.parameter.megatron_name
         # A Hugging Face tensor counts once: with the first of its shards.
         num_tensors = 0 if name in counted else len(tensor.parameter.hf_names)
         counted.add(name)
         pieces += local_pieces(tensor, item, read, offset, num_tensors, block)
+    if optimizer and state:
+        for held, offset in zip(state.tensors, layout.offsets[len(tensors) :], strict=True):
+            pieces += optimizer.pieces(held, offset)
     return OutputFile(
         name=f"{folder}{file.folder}/{RANK_FILE}",
         num_bytes=layout.num_bytes,

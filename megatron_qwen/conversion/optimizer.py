@@ -1,9 +1,9 @@
 """Optimizer state of a run, independent of any layout: read from one checkpoint, written into another.
 
-    optimizer = open_optimizer(source)                      # None: the checkpoint has none
+    optimizer = open_torch_dist_optimizer(folder, config)   # or open_legacy_optimizer; None: there is none
     reader = OptimizerReader(optimizer, source)             # proves master weights against the weights
-    torch_dist_optimizer(reader, plan, ...)                 # chunks and common state of a torch_dist checkpoint
-    legacy_optimizer(reader, rank_file, layout, ...)        # what belongs into a rank's files (optimizer_legacy.py)
+    torch_dist_optimizer(reader, ...)                       # chunks and common state of a torch_dist checkpoint
+    LegacyOptimizerOutput(reader, ...)                      # what belongs into the rank files of a per-rank one
 
 Adam keeps two moments per parameter, each of the parameter's shape, and in mixed precision a float32 master weight. The
 names here are those of the distributed optimizer's files: "param", "exp_avg", "exp_avg_sq". Everything else (step,
@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron_qwen.conversion.interfaces import WeightSource
-from megatron_qwen.conversion.parameters import Parameter, Shard
-from megatron_qwen.conversion.shard_rows import rows_of_shard
+from megatron_qwen.conversion.parameters import Parameter
 from megatron_qwen.errors import ConfigError, CorruptInputError, IncompleteInputError, MismatchError
 
 Role = Literal["param", "exp_avg", "exp_avg_sq"]
@@ -45,6 +44,7 @@ class OptimizerState:
         scheduler: state of OptimizerParamScheduler, or None.
         grad_scaler: state of float16's loss scaler, or None.
         is_chained: it was saved by two optimizers, one of them for experts.
+        iteration: of the checkpoint.
     """
 
     kind: Kind
@@ -53,11 +53,7 @@ class OptimizerState:
     scheduler: Mapping[str, Any] | None
     grad_scaler: Mapping[str, Any] | None
     is_chained: bool
-
-    @property
-    def step(self) -> int:
-        """Number of optimizer steps done."""
-        return int(self.decay["step"])
+    iteration: int
 
     def group(self, *, decays: bool, is_expert: bool) -> dict[str, Any]:
         """Return the hyper-parameters of one of Megatron's parameter groups."""
@@ -137,7 +133,7 @@ def with_step(group: Mapping[str, Any], step: object, where: str) -> dict[str, A
 
 
 class OptimizerReader:
-    """Optimizer tensors for a target: any shard, vocabulary padding fitted, master weights compared with the weights.
+    """Optimizer tensors for a target; master weights are compared with the weights on the way.
 
     Attributes:
         source: the optimizer.
@@ -180,28 +176,6 @@ class OptimizerReader:
             self._check_master(parameter, values, begin, end)
         return values
 
-    def shard_rows(self, parameter: Parameter, role: Role, shard: Shard, num_rows: int, begin: int, end: int) -> Tensor:
-        """Return rows `begin` to `end` of one tensor-parallel shard.
-
-        Args:
-            parameter: of the model.
-            role: which tensor.
-            shard: which part along the family's shard axis.
-            num_rows: of the whole parameter at the target, vocabulary padding included; those rows are zero.
-            begin: first row, counted within the shard.
-            end: one past the last.
-        """
-
-        def read(low: int, high: int) -> Tensor:
-            real = parameter.shape[0]
-            values = self.rows(parameter, role, min(low, real), min(high, real)) if low < real else None
-            if values is not None and high <= real:
-                return values
-            rest = torch.zeros((high - max(low, real), *parameter.shape[1:]), dtype=self.dtype_of(parameter, role))
-            return rest if values is None else torch.cat([values, rest])
-
-        return rows_of_shard(parameter, shard, begin, end, num_rows, read)
-
     def _is_mixed(self) -> bool:
         plan = self._weights.plan()
         dtypes = {item.source_dtype for item in plan.parameters}
@@ -227,6 +201,18 @@ class OptimizerReader:
             "Megatron-Core saves it at shifted offsets where gradients have several buckets (tied embeddings with "
             f"pp > 1, overlap_grad_reduce). Use another checkpoint, {WITHOUT_OPTIMIZER}"
         )
+
+
+def iteration_of(content: Mapping[str, Any], where: str) -> int:
+    """Return the iteration that a checkpoint says it is of.
+
+    Raises:
+        CorruptInputError: it says none.
+    """
+    iteration = content.get("iteration")
+    if type(iteration) is not int or iteration < 0:
+        raise CorruptInputError(f"{where}: iteration is {iteration!r}, expected a number of steps")
+    return iteration
 
 
 def require_tensor(value: object, shape: Sequence[int], what: str) -> Tensor:

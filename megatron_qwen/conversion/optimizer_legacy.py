@@ -17,15 +17,17 @@ import torch
 from torch import Tensor
 
 from megatron_qwen.checkpoint.torch_file import TensorPlace, locate, open_torch_file
+from megatron_qwen.conversion.byte_ranges import read_values
 from megatron_qwen.conversion.legacy import LegacyFolder, read_rows, shard_runs
-from megatron_qwen.conversion.legacy_files import RankContent, find_layout
-from megatron_qwen.conversion.legacy_layout import LocalTensor, RankFile, rank_files
+from megatron_qwen.conversion.legacy_files import RankContent
+from megatron_qwen.conversion.legacy_layout import LocalTensor, RankFile
 from megatron_qwen.conversion.optimizer import (
     ROLES,
     WITHOUT_OPTIMIZER,
     Kind,
     OptimizerState,
     Role,
+    iteration_of,
     parse_groups,
     require_tensor,
     with_step,
@@ -61,18 +63,15 @@ class LegacyOptimizer:
             CorruptInputError: a file is damaged.
         """
         self.path = folder.path
-        layout, naming, padded_rows = find_layout(folder.path, folder.contents, folder.config)
-        expected = rank_files(folder.config, layout, naming, padded_rows=padded_rows)
-        files = [
-            _OptimizerFile(folder.contents[each.folder], each) for each in expected if each.folder in folder.contents
-        ]
+        present = [each for each in folder.rank_files if each.folder in folder.contents]
+        files = [_OptimizerFile(folder.contents[each.folder], each) for each in present]
         self.state = _agree([(file.name, file.state) for file in files])
         self._copies: dict[Parameter, list[list[_Copy]]] = {}
         self._files: set[Path] = set()
         for file in files:
             chain = members(
                 file.rank_file,
-                layout,
+                folder.layout,
                 is_tied=folder.config.tie_word_embeddings,
                 splits_experts=self.state.is_chained,
             )
@@ -80,7 +79,7 @@ class LegacyOptimizer:
                 shards = self._copies.setdefault(tensor.parameter, [[] for _ in range(tensor.shard.size)])
                 shards[tensor.shard.rank].append(copy)
                 self._files |= {place.file for place in copy.places.values()}
-        self._require_all(expected, folder)
+        self._require_all(folder)
 
     def dtype_of(self, parameter: Parameter, role: Role) -> torch.dtype:
         """Return the dtype in which it is stored."""
@@ -112,14 +111,16 @@ class LegacyOptimizer:
         """Return the files that hold the tensors."""
         return set(self._files)
 
-    def _require_all(self, expected: Sequence[RankFile], folder: LegacyFolder) -> None:
+    def _require_all(self, folder: LegacyFolder) -> None:
+        expected = folder.rank_files
         lacking = [each for file in expected for chunk in file.chunks for each in chunk.tensors if not self._has(each)]
         if lacking:
             names = sorted({tensor.parameter.megatron_name for tensor in lacking})
             absent = [file.folder for file in expected if not _has_state(folder.contents.get(file.folder))]
             raise IncompleteInputError(
-                f"{self.path}: no optimizer state for a part of {len(names)} parameters, first {names[0]}. Rank folders "
-                f"without optimizer state: {', '.join(absent) or 'none'}. Copy what is missing, {WITHOUT_OPTIMIZER}"
+                f"{self.path}: no optimizer state for a part of {len(names)} parameters, first {names[0]}. Rank "
+                f"folders without optimizer state: {', '.join(absent) or 'none'}. Copy what is missing, "
+                f"{WITHOUT_OPTIMIZER}"
             )
 
     def _has(self, tensor: LocalTensor) -> bool:
@@ -176,6 +177,7 @@ class _OptimizerFile:
             scheduler=content.content.get("opt_param_scheduler"),
             grad_scaler=self._parts[0].get("grad_scaler"),
             is_chained=len(self._parts) > 1,
+            iteration=iteration_of(content.content, self.name),
         )
 
     def copies(self, chain: Sequence[Member]) -> Iterator[tuple[LocalTensor, _Copy]]:
@@ -189,8 +191,8 @@ class _OptimizerFile:
                 numbers = self._groups(inner)[number].get("params")
                 if not isinstance(numbers, list) or len(numbers) != len(group.tensors):
                     raise MismatchError(
-                        f"{self.name}: the optimizer has {len(numbers or ())} parameters "
-                        f"{'with' if group.decays else 'without'} weight decay, expected {len(group.tensors)} of this model"
+                        f"{self.name}: the optimizer has {len(numbers or ())} parameters with wd_mult "
+                        f"{float(group.decays)}, expected {len(group.tensors)} of this model"
                     )
                 for position, tensor in enumerate(group.tensors):
                     values = self._dict(inner, "state").get(numbers[position], {})
@@ -210,7 +212,8 @@ class _OptimizerFile:
             for values in inner.get("state", {}).values():
                 step = values.get("step")
                 if isinstance(step, Tensor) and step.device.type == "meta":
-                    return locate(self._content.file, step, "step").read()
+                    place = locate(self._content.file, step, "step")
+                    return read_values(place.file, place.offset, place.dtype, 1)
                 return step
         return None
 
@@ -226,7 +229,7 @@ class _OptimizerFile:
         """Pair groups by weight decay: older versions order them otherwise."""
         for number, group in enumerate(groups):
             decays = bool(group.get("wd_mult", group.get("pre_wd_mult")))
-            (match,) = [each for each in member.groups if each.decays == decays] or [None]
+            match = next((each for each in member.groups if each.decays == decays), None)
             if match is None:
                 if group.get("params"):
                     raise MismatchError(f"{self.name}: the experts' optimizer has parameters without weight decay")
@@ -333,8 +336,8 @@ class _BufferFile:
         found = flat.get("numel_unpadded")
         if found != buffer.num_elements:
             raise MismatchError(
-                f"{self.file}: buffer {number} has {found} elements, expected {buffer.num_elements} for this model, layout "
-                f"and bucket size: saved by another run, or with another --ddp-bucket-size; {WITHOUT_OPTIMIZER}"
+                f"{self.file}: buffer {number} has {found} elements, expected {buffer.num_elements} for this model, "
+                f"layout and bucket size: saved by another run, or with another --ddp-bucket-size; {WITHOUT_OPTIMIZER}"
             )
         return buffer.num_elements
 
@@ -356,8 +359,8 @@ def _read_equal(copies: Sequence[_Copy], role: Role, begin: int, end: int) -> Te
     for other in others:
         if not torch.equal(_bits(rows), _bits(read_rows(other.places[role], begin, end))):
             raise MismatchError(
-                f"{first.name} and {other.name}: {role} differs (rows {begin} to {end}), expected the same in both: these "
-                f"ranks keep copies of one tensor. Use another checkpoint, {WITHOUT_OPTIMIZER}"
+                f"{first.name} and {other.name}: {role} differs (rows {begin} to {end}), expected the same in both: "
+                f"these ranks keep copies of one tensor. Use another checkpoint, {WITHOUT_OPTIMIZER}"
             )
     return rows
 
@@ -374,11 +377,11 @@ def _agree(states: Sequence[tuple[str, OptimizerState]]) -> OptimizerState:
     """
     (name, first), *others = states
     for other_name, other in others:
-        for field in ("kind", "is_chained", "decay", "no_decay", "scheduler"):
+        for field in ("kind", "is_chained", "iteration", "decay", "no_decay", "scheduler"):
             one, two = getattr(first, field), getattr(other, field)
             if one != two:
                 raise MismatchError(
-                    f"{other_name}: {field} of the optimizer is {two}, in {name} it is {one}; the rank files are not of "
-                    f"one save. Use another checkpoint, {WITHOUT_OPTIMIZER}"
+                    f"{other_name}: {field} of the optimizer is {two}, in {name} it is {one}; the rank files are not "
+                    f"of one save. Use another checkpoint, {WITHOUT_OPTIMIZER}"
                 )
     return first

@@ -25,7 +25,6 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_qwen.checkpoint.pickles import COMMON_KEY, COMMON_NAME, read_metadata
-from megatron_qwen.checkpoint.strict_json import listing
 from megatron_qwen.conversion.chunks import ChunkReader
 from megatron_qwen.conversion.optimizer import (
     WITHOUT_OPTIMIZER,
@@ -33,6 +32,7 @@ from megatron_qwen.conversion.optimizer import (
     OptimizerReader,
     OptimizerState,
     Role,
+    iteration_of,
     parse_groups,
     with_step,
 )
@@ -43,6 +43,7 @@ from megatron_qwen.conversion.torch_dist_output import ChunkRows
 from megatron_qwen.conversion.transforms import unpad_rows
 from megatron_qwen.errors import CorruptInputError, IncompleteInputError, MismatchError, UnsafeInputError
 from megatron_qwen.model.config import QwenConfig
+from megatron_qwen.strict_json import listing
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -229,6 +230,7 @@ def _parse_common(common: Mapping[str, Any], kind: Kind, where: str) -> Optimize
         scheduler=common.get("opt_param_scheduler"),
         grad_scaler=parts[0].get("grad_scaler"),
         is_chained=len(parts) > 1,
+        iteration=iteration_of(common, where),
     )
 
 
