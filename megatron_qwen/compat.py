@@ -185,6 +185,15 @@ def inference_mode() -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if mode is None else mode.active()
 
 
+def experts_have_own_optimizer(*, tp: int, ep: int, etp: int) -> bool:
+    """Whether Megatron-Core chains an optimizer for routed experts behind that of the other parameters.
+
+    It does where experts are reduced over other ranks: always with expert parallelism, and since 0.17 also where their
+    tensor-parallel size is another.
+    """
+    return ep > 1 or (etp != tp and megatron_version() >= Version("0.17"))
+
+
 def aux_loss_gradient_factor(tp: int, cp: int) -> int:
     """Return what the MoE aux-loss coefficient must be multiplied by under `calculate_per_token_loss`.
 
