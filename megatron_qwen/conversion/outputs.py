@@ -11,14 +11,16 @@ import torch
 from megatron_qwen.conversion.engine import default_threads
 from megatron_qwen.conversion.hf_output import companion_files, config_file, hf_output
 from megatron_qwen.conversion.interfaces import OutputFile, WeightSource, bytes_file
+from megatron_qwen.conversion.legacy_output import legacy_output
 from megatron_qwen.conversion.megatron import HF_FOLDER, RELEASE, TRACKER_NAME
 from megatron_qwen.conversion.numerics import CheckedWeights
 from megatron_qwen.conversion.options import ConversionOptions
-from megatron_qwen.conversion.parameters import extra_state_keys, hf_file_order, is_homogeneous, stored_place
+from megatron_qwen.conversion.parameters import extra_state_keys, hf_file_order
 from megatron_qwen.conversion.pieces import TensorRows, block_bytes
 from megatron_qwen.conversion.plan import ConversionPlan
 from megatron_qwen.conversion.side_files import megatron_lm_args
 from megatron_qwen.conversion.torch_dist_output import ChunkRows, torch_dist_output
+from megatron_qwen.parallel.layout import ParallelLayout
 
 
 def hf_files(
@@ -47,16 +49,29 @@ def hf_files(
 def megatron_files(
     source: WeightSource, plan: ConversionPlan, weights: CheckedWeights, options: ConversionOptions
 ) -> list[OutputFile]:
-    """Return the files of a Megatron checkpoint of weights, `release`."""
-    common = {"args": megatron_lm_args(plan.config), "checkpoint_version": 3.0, "iteration": 0}
-    return [
-        *torch_dist_output(
-            weight_chunks(plan, weights),
-            dict.fromkeys(extra_state_keys(plan.config), empty_extra_state()),
-            common,
+    """Return the files of a Megatron checkpoint of weights, `release`.
+
+    Raises:
+        ConfigError: the layout does not fit the model.
+    """
+    if options.ckpt_format == "torch":
+        files = legacy_output(
+            plan,
+            options.layout or ParallelLayout(),
+            lambda item, begin, end: weights.rows(item.parameter, begin, end),
             folder=f"{RELEASE}/",
             block=_block(options),
-        ),
+        )
+    else:
+        files = torch_dist_output(
+            weight_chunks(plan, weights),
+            dict.fromkeys(extra_state_keys(plan.config), empty_extra_state()),
+            {"args": megatron_lm_args(plan.config), "checkpoint_version": 3.0, "iteration": 0},
+            folder=f"{RELEASE}/",
+            block=_block(options),
+        )
+    return [
+        *files,
         config_file(plan.config, f"{HF_FOLDER}/"),
         *companion_files(source.side_folders(), f"{HF_FOLDER}/"),
         bytes_file(TRACKER_NAME, RELEASE.encode()),
@@ -65,10 +80,9 @@ def megatron_files(
 
 def weight_chunks(plan: ConversionPlan, weights: CheckedWeights) -> Sequence[ChunkRows]:
     """Return every parameter as a chunk of the tensor that a torch_dist checkpoint keeps it in."""
-    stacked = is_homogeneous(plan.config)
     chunks = []
     for item in plan.parameters:
-        place = stored_place(item.parameter, plan.config, stacked=stacked)
+        place = item.place
         rows = TensorRows(
             label=item.parameter.megatron_name,
             shape=item.parameter.shape,

@@ -36,7 +36,7 @@ FLOAT_DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "BF16": torch.b
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedParameter:
-    """One parameter with its dtypes at both ends and, for a torch_dist checkpoint, its place there."""
+    """One parameter with its dtypes at both ends, and the place that a torch_dist checkpoint of it gives it."""
 
     parameter: Parameter
     source_dtype: torch.dtype
@@ -148,7 +148,7 @@ def plan_export(
     if problems:
         raise MismatchError(_report(f"{where}: the checkpoint and the model's config.json differ", problems))
     source = {item: stored[place.key].dtype for item, place in places.items() if place}
-    return _finish(config, wanted, source, dtype, has_equal_output, places)
+    return _finish(config, wanted, source, dtype, has_equal_output)
 
 
 def find_places(config: QwenConfig, stored: Collection[str]) -> dict[Parameter, StoredPlace | None]:
@@ -173,7 +173,6 @@ def _finish(
     source: Mapping[Parameter, torch.dtype],
     dtype: torch.dtype | None,
     has_equal_output: bool,
-    places: Mapping[Parameter, StoredPlace | None] | None = None,
 ) -> ConversionPlan:
     stacked = is_homogeneous(config)
     items = tuple(
@@ -181,7 +180,7 @@ def _finish(
             parameter=item,
             source_dtype=source[item],
             target_dtype=dtype or source[item],
-            place=(places and places[item]) or stored_place(item, config, stacked=stacked),
+            place=stored_place(item, config, stacked=stacked),
         )
         for item in wanted
     )

@@ -7,13 +7,15 @@ each row goes; neighbours form runs. So a slice of either side is read from a fe
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from megatron_qwen.conversion.plan import ConversionPlan, StoredTensor, plan_export
 from megatron_qwen.conversion.transforms import TRANSFORMS, HeadSizes
 
 if TYPE_CHECKING:
@@ -89,9 +91,25 @@ def _join(parts: Iterator[Tensor]) -> Tensor:
 
 
 class MegatronRows:
-    """For a source that stores Megatron's layout: `hf_rows` made of its `rows`."""
+    """For a source that stores Megatron's layout: its plan, and `hf_rows` made of its `rows`.
 
+    Attributes:
+        path: the folder, for messages.
+        config: the model.
+        stored: header of every weight tensor under its key in a torch_dist checkpoint.
+    """
+
+    path: Path
     config: QwenConfig
+    stored: Mapping[str, StoredTensor]
+
+    def plan(self, dtype: torch.dtype | None = None) -> ConversionPlan:
+        """Prove from the headers that the folder holds its model, and plan the conversion to `dtype`.
+
+        Raises:
+            MismatchError: config.json and weights contradict each other; the message lists everything found.
+        """
+        return plan_export(self.config, self.stored, where=str(self.path), dtype=dtype)
 
     def rows(self, parameter: Parameter, begin: int, end: int) -> Tensor:
         """Return rows of the parameter as Megatron lays it out."""

@@ -26,8 +26,10 @@ from megatron_qwen.checkpoint.atomic import STAGING_MARK, storage_errors
 from megatron_qwen.conversion.engine import check_memory, default_threads, peak_memory, write_output
 from megatron_qwen.conversion.hf import HfFolder
 from megatron_qwen.conversion.interfaces import OutputFile, WeightSource
+from megatron_qwen.conversion.legacy import LegacyFolder
+from megatron_qwen.conversion.legacy_files import is_legacy_step
 from megatron_qwen.conversion.loading import load_model, load_weights_into, open_source, read_config
-from megatron_qwen.conversion.megatron import RELEASE, MegatronFolder
+from megatron_qwen.conversion.megatron import RELEASE, MegatronFolder, find_step_folder
 from megatron_qwen.conversion.numerics import CheckedWeights
 from megatron_qwen.conversion.options import ConversionOptions
 from megatron_qwen.conversion.outputs import hf_files, megatron_files
@@ -38,6 +40,7 @@ from megatron_qwen.conversion.report import ConversionReport, DryRun, FileSize, 
 from megatron_qwen.conversion.staging import Staging, finish, is_finished, staged, usable_bytes
 from megatron_qwen.conversion.verification import verify_output
 from megatron_qwen.errors import Interrupted, MismatchError, QwenError, StorageError
+from megatron_qwen.model.config import QwenConfig
 from megatron_qwen.signals import StopRequest
 
 __all__ = [
@@ -81,7 +84,12 @@ def import_hf(hf_dir: str | Path, out_dir: str | Path, **options: Any) -> Conver
 
 
 def export_hf(
-    megatron_dir: str | Path, out_dir: str | Path, *, step: int | None = None, config: Any = None, **options: Any
+    megatron_dir: str | Path,
+    out_dir: str | Path,
+    *,
+    step: int | None = None,
+    config: QwenConfig | None = None,
+    **options: Any,
 ) -> ConversionReport:
     """Convert the weights of a Megatron checkpoint to a Hugging Face folder; raises as `import_hf`.
 
@@ -98,7 +106,12 @@ def export_hf(
 
 
 def reshard(
-    in_dir: str | Path, out_dir: str | Path, *, step: int | None = None, config: Any = None, **options: Any
+    in_dir: str | Path,
+    out_dir: str | Path,
+    *,
+    step: int | None = None,
+    config: QwenConfig | None = None,
+    **options: Any,
 ) -> ConversionReport:
     """Convert a Megatron checkpoint to another Megatron format or layout; arguments and errors as `export_hf`."""
     return prepare_reshard(in_dir, out_dir, step=step, config=config, **options).run()
@@ -111,20 +124,30 @@ def prepare_import(hf_dir: str | Path, out_dir: str | Path, **options: Any) -> C
 
 
 def prepare_export(
-    megatron_dir: str | Path, out_dir: str | Path, *, step: int | None = None, config: Any = None, **options: Any
+    megatron_dir: str | Path,
+    out_dir: str | Path,
+    *,
+    step: int | None = None,
+    config: QwenConfig | None = None,
+    **options: Any,
 ) -> Conversion:
     """Prove from headers that `export_hf` can do its work, and return it ready to run."""
     chosen = ConversionOptions(**options)
-    source = MegatronFolder(Path(megatron_dir), step=step, config=config)
+    source = _open_megatron(Path(megatron_dir), step, config, chosen)
     return _prepare("megatron -> hf", source, Path(out_dir), chosen, hf_files)
 
 
 def prepare_reshard(
-    in_dir: str | Path, out_dir: str | Path, *, step: int | None = None, config: Any = None, **options: Any
+    in_dir: str | Path,
+    out_dir: str | Path,
+    *,
+    step: int | None = None,
+    config: QwenConfig | None = None,
+    **options: Any,
 ) -> Conversion:
     """Prove from headers that `reshard` can do its work, and return it ready to run."""
     chosen = ConversionOptions(**options)
-    source = MegatronFolder(Path(in_dir), step=step, config=config)
+    source = _open_megatron(Path(in_dir), step, config, chosen)
     return _prepare("megatron -> megatron", source, Path(out_dir), chosen, megatron_files)
 
 
@@ -265,6 +288,13 @@ class Conversion:
             max_cast_error=self.weights.max_cast_error,
             notes=tuple(notes),
         )
+
+
+def _open_megatron(path: Path, step: int | None, config: QwenConfig | None, options: ConversionOptions) -> WeightSource:
+    folder = find_step_folder(path, step)
+    if is_legacy_step(folder):
+        return LegacyFolder(folder, config=config, allow_pickle=options.allow_pickle)
+    return MegatronFolder(folder, config=config)
 
 
 def _prepare(
