@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_qwen.checkpoint.inside import check_inside
 from megatron_qwen.checkpoint.strict_json import kind, listing, parse_strict_json, read_strict_json, shown
 from megatron_qwen.errors import CorruptInputError, IncompleteInputError, MismatchError, UnsafeInputError
 
@@ -181,23 +182,6 @@ def read_index(path: Path) -> dict[str, str]:
             raise CorruptInputError(f"{path}: tensor {name!r}: shard is {kind(shard)}, expected a file name")
         _check_shard_name(path, name, shard)
     return weight_map
-
-
-def check_inside(folder: Path, name: str, path: Path) -> None:
-    """Refuse a file whose symbolic links lead out of `folder`.
-
-    The one exception is the layout of the Hugging Face cache, where `snapshots/<revision>/x` links to `blobs/<hash>`
-    of the same model.
-
-    Raises:
-        UnsafeInputError: naming the link and its target.
-    """
-    target, root = path.resolve(), folder.resolve()
-    if target.is_relative_to(root):
-        return
-    if root.parent.name == "snapshots" and target.is_relative_to(root.parent.parent / "blobs"):
-        return
-    raise UnsafeInputError(f"{folder}: {name} is a link to {target}, outside the folder; copy the file into the folder")
 
 
 def _parse_entry(path: Path, name: str, info: Any, data_begin: int) -> TensorEntry:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import io
 import math
-import pickle
 import struct
 import threading
 import zipfile
+import zlib
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from megatron_qwen.checkpoint.pickles import UNPICKLING_ERRORS, StrictUnpickler
 from megatron_qwen.conversion.byte_ranges import read_values
 from megatron_qwen.errors import CorruptInputError, IncompleteInputError, UnsafeInputError
 
@@ -30,16 +31,7 @@ if TYPE_CHECKING:
 
 Index = tuple[int, ...]
 _MAX_PICKLE_BYTES = 2**20
-_DAMAGE = (
-    zipfile.BadZipFile,
-    struct.error,
-    pickle.UnpicklingError,
-    LookupError,
-    ValueError,
-    TypeError,
-    EOFError,
-    NotImplementedError,
-)
+_DAMAGE = (*UNPICKLING_ERRORS, zipfile.BadZipFile, zlib.error, RuntimeError)
 _READ_BYTES = 8 * 2**20
 
 
@@ -165,15 +157,13 @@ def _open_chunk(path: Path, offset: int, length: int, expected: tuple[Index, tor
                     raise CorruptInputError(f"{path}: {what} is {found}, .metadata says {expected}")
                 record = archive.getinfo(f"{pickled.filename.removesuffix('data.pkl')}data/{found.storage}")
             begin = _data_offset(window, record) + found.first * found.dtype.itemsize
-        except (
-            zipfile.BadZipFile,
-            struct.error,
-            LookupError,
-            ValueError,
-            TypeError,
-            EOFError,
-            pickle.UnpicklingError,
-        ) as error:
+        except UnsafeInputError as error:
+            raise UnsafeInputError(
+                f"{path}: {what}: asks for {error}, no part of a tensor; do not use this folder"
+            ) from None
+        except CorruptInputError:
+            raise
+        except _DAMAGE as error:
             raise CorruptInputError(f"{path}: {what}: not a tensor that torch wrote: {error}") from None
     reach = 1 + sum((size - 1) * stride for size, stride in zip(found.shape, found.strides, strict=True))
     is_inside = found.first >= 0 and (found.first + reach) * found.dtype.itemsize <= record.file_size
@@ -201,7 +191,7 @@ class _PickledTensor:
     strides: Index
 
 
-class _TensorUnpickler(pickle.Unpickler):
+class _TensorUnpickler(StrictUnpickler):
     """Opens the pickle of one plain tensor and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -211,7 +201,7 @@ class _TensorUnpickler(pickle.Unpickler):
             return OrderedDict
         if module == "torch" and name in _STORAGES:
             return _STORAGES[name]
-        raise UnsafeInputError(f"a tensor's pickle asks for {module}.{name}; do not use this folder")
+        raise UnsafeInputError(f"{module}.{name}")
 
     def persistent_load(self, key: Any) -> tuple[str, torch.dtype]:
         _, dtype, storage, _, _ = key

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_qwen.checkpoint import manifest
+from megatron_qwen.checkpoint.inside import check_inside
 from megatron_qwen.checkpoint.safetensors_header import TensorEntry, read_folder
 from megatron_qwen.conversion.byte_ranges import read_values
 from megatron_qwen.conversion.parameters import WHOLE, Parameter, Shard
@@ -44,6 +45,7 @@ class HfFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        check_inside(path, "config.json", path / "config.json")
         self.config = QwenConfig.from_hf(path)
         self.entries = split_fused_experts(read_folder(path))
         self._stamps = FileStamps({entry.file for entry in self.entries.values()})

@@ -277,7 +277,7 @@ class QwenConfig:
             if getattr(self, name) > limit:
                 yield f"{name}: got {getattr(self, name)}, expected at most {limit}"
         if self.num_hidden_layers * self.num_experts > MAX_EXPERTS:
-            yield f"{self.num_hidden_layers} layers of {self.num_experts} experts: expected at most {MAX_EXPERTS} in all"
+            yield f"{self.num_hidden_layers} layers x {self.num_experts} experts: expected at most {MAX_EXPERTS} in all"
         if self.hidden_size % self.num_attention_heads:
             yield f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
         elif self.head_dim % 2:

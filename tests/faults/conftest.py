@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hostile import command
 
 from megatron_qwen.testing.tiny import tiny_dense, write_tiny_hf
 
@@ -28,3 +29,15 @@ def single(templates: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def sharded(templates: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(templates / "sharded", tmp_path / "hf"))
+
+
+@pytest.fixture(scope="session")
+def megatron_template(templates: Path) -> Path:
+    """The model of `templates` as a torch_dist checkpoint; not to be written to."""
+    assert command("convert", "import", templates / "single", templates / "megatron").code == 0
+    return templates / "megatron"
+
+
+@pytest.fixture
+def megatron(megatron_template: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(megatron_template, tmp_path / "mg"))

@@ -20,6 +20,7 @@ from unittest import mock
 from hypothesis import HealthCheck, settings
 from safetensors.torch import load_file, save_file
 
+from megatron_qwen.checkpoint import manifest
 from megatron_qwen.cli import app
 from megatron_qwen.errors import QwenError
 
@@ -59,7 +60,7 @@ def command(*arguments: object) -> Ended:
 
 def require_refusal(ended: Ended, kind: type[QwenError]) -> str:
     """Require that a command failed with `kind` and its exit code; return its message."""
-    assert ended.err.startswith(f"megatron-qwen: {kind.__name__}: "), ended
+    assert ended.err.lstrip().startswith(f"megatron-qwen: {kind.__name__}: "), ended
     assert ended.code == kind.exit_code, ended
     return ended.err
 
@@ -75,6 +76,11 @@ def refused(kind: type[QwenError], *arguments: object, within: Path) -> str:
 def importing(folder: Path) -> tuple[object, ...]:
     """Return the import of a folder into its neighbour `out`."""
     return "convert", "import", folder, folder.parent / "out", "--json"
+
+
+def exporting(folder: Path) -> tuple[object, ...]:
+    """Return the export of a folder into its neighbour `out`."""
+    return "convert", "export", folder, folder.parent / "out", "--json"
 
 
 def refuse(kind: type[QwenError], folder: Path) -> str:
@@ -108,7 +114,8 @@ def _serve_limited(megabytes: int) -> None:
     first, *others = json.loads(sys.stdin.read())
     ended = [command(*first)]
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + megabytes * 2**20, resource.RLIM_INFINITY))
+    limit = pages * resource.getpagesize() + megabytes * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
     for arguments in others:
         try:
             ended.append(command(*arguments))
@@ -141,6 +148,12 @@ def edit_weights(path: Path, change: Callable[[dict[str, Any]], object]) -> None
     state = load_file(path)
     change(state)
     save_file(state, path, metadata={"format": "pt"})
+
+
+def forge_manifest(folder: Path) -> None:
+    """Write the manifest anew where there is one: an attacker can do that as well as we can."""
+    if (folder / manifest.MANIFEST_NAME).is_file():
+        manifest.write_manifest(folder)
 
 
 def header_bytes(path: Path) -> int:
@@ -182,14 +195,12 @@ def watched(watcher: Callable[[str, tuple[Any, ...]], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def opens() -> Iterator[list[str]]:
-    """Give the list of the paths that the block opens, or maps into memory ("mmap")."""
+    """Give the list of the paths that the block opens."""
     seen: list[str] = []
 
     def record(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open" and isinstance(arguments[0], (str, bytes, os.PathLike)):
             seen.append(os.fsdecode(arguments[0]))
-        elif event == "mmap.__new__":
-            seen.append("mmap")
 
     with watched(record):
         yield seen
