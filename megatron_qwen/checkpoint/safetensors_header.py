@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import struct
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -120,13 +120,32 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     return {entry.name: entry for entry in entries}
 
 
-def read_folder(folder: Path) -> dict[str, TensorEntry]:
+@dataclass(frozen=True)
+class WeightFiles:
+    """How the weight files of a Hugging Face folder are called and read.
+
+    Attributes:
+        single: name of the file of a model that is not sharded.
+        index: name of the index of one that is.
+        read_header: gives the tensors of one file.
+    """
+
+    single: str
+    index: str
+    read_header: Callable[[Path], dict[str, TensorEntry]]
+
+
+SAFETENSORS = WeightFiles(SINGLE_NAME, INDEX_NAME, read_header)
+
+
+def read_folder(folder: Path, files: WeightFiles = SAFETENSORS) -> dict[str, TensorEntry]:
     """Return every tensor of a Hugging Face folder, sharded (with an index) or not.
 
     For a sharded folder all shards exist and index and shards agree on the place of every tensor.
 
     Args:
-        folder: holds `model.safetensors` or `model.safetensors.index.json` with its shards.
+        folder: holds `model.safetensors` or `model.safetensors.index.json` with its shards, or what `files` says.
+        files: which kind of files to read.
 
     Raises:
         IncompleteInputError: no weights, or shards missing (all are listed), or a tensor missing from its shard.
@@ -136,17 +155,17 @@ def read_folder(folder: Path) -> dict[str, TensorEntry]:
     """
     if not folder.is_dir():
         raise IncompleteInputError(f"{folder}: no such folder; expected a Hugging Face checkpoint")
-    index_path, single_path = folder / INDEX_NAME, folder / SINGLE_NAME
+    index_path, single_path = folder / files.index, folder / files.single
     if not index_path.is_file():
         if not single_path.is_file():
             _refuse_folder_without_weights(folder)
-        check_inside(folder, SINGLE_NAME, single_path)
-        return read_header(single_path)
-    check_inside(folder, INDEX_NAME, index_path)
-    weight_map = read_index(index_path)
-    if single_path.is_file() and SINGLE_NAME not in weight_map.values():
+        check_inside(folder, files.single, single_path)
+        return files.read_header(single_path)
+    check_inside(folder, files.index, index_path)
+    weight_map = read_index(index_path, Path(files.single).suffix)
+    if single_path.is_file() and files.single not in weight_map.values():
         raise MismatchError(
-            f"{folder}: holds both {SINGLE_NAME} and an index that does not name it; remove the one that is not wanted"
+            f"{folder}: holds both {files.single} and an index that does not name it; remove the one that is not wanted"
         )
     shards: dict[str, list[str]] = defaultdict(list)
     for name, shard in weight_map.items():
@@ -159,17 +178,17 @@ def read_folder(folder: Path) -> dict[str, TensorEntry]:
         )
     for shard in sorted(shards):
         check_inside(folder, shard, folder / shard)
-    headers = {shard: read_header(folder / shard) for shard in sorted(shards)}
-    _log_unlisted(folder, set(shards))
+    headers = {shard: files.read_header(folder / shard) for shard in sorted(shards)}
+    _log_unlisted(folder, set(shards), Path(files.single).suffix)
     return _join_shards(index_path, weight_map, headers)
 
 
-def read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path, suffix: str = ".safetensors") -> dict[str, str]:
     """Return the `weight_map` of a shard index: tensor name -> shard file name, every name checked.
 
     Raises:
         CorruptInputError: not JSON, too large, too deep, names twice, wrong types, or no `weight_map`.
-        UnsafeInputError: a shard name that is not a plain `*.safetensors` file name.
+        UnsafeInputError: a shard name that is not a plain file name with that suffix.
     """
     index = read_strict_json(path, max_bytes=MAX_INDEX_BYTES)
     weight_map = index.get("weight_map")
@@ -180,7 +199,7 @@ def read_index(path: Path) -> dict[str, str]:
     for name, shard in weight_map.items():
         if not isinstance(shard, str):
             raise CorruptInputError(f"{path}: tensor {name!r}: shard is {kind(shard)}, expected a file name")
-        _check_shard_name(path, name, shard)
+        _check_shard_name(path, name, shard, suffix)
     return weight_map
 
 
@@ -236,12 +255,12 @@ def _check_metadata(path: Path, metadata: Any) -> None:
         raise CorruptInputError(f"{path}: __metadata__ is {kind(metadata)}, expected an object of strings")
 
 
-def _check_shard_name(path: Path, name: str, shard: str) -> None:
+def _check_shard_name(path: Path, name: str, shard: str, suffix: str) -> None:
     """Accept a plain file name only, under the rules of POSIX and of Windows."""
     if any(sign in shard for sign in "/\\:") or shard.startswith("."):
         raise UnsafeInputError(f"{path}: tensor {name!r}: shard {shown(shard)} is not a plain file name of this folder")
-    if not shard.isprintable() or not shard.endswith(".safetensors"):
-        raise UnsafeInputError(f"{path}: tensor {name!r}: shard {shown(shard)} is not the name of a .safetensors file")
+    if not shard.isprintable() or not shard.endswith(suffix):
+        raise UnsafeInputError(f"{path}: tensor {name!r}: shard {shown(shard)} is not the name of a {suffix} file")
 
 
 def _join_shards(
@@ -276,14 +295,14 @@ def _refuse_folder_without_weights(folder: Path) -> NoReturn:
         raise IncompleteInputError(f"{folder}: no {INDEX_NAME} for the shards {listing(shards)}; fetch the index")
     if pickles:
         raise UnsafeInputError(
-            f"{folder}: only pickle weights ({listing(pickles)}), which can run code when opened; "
-            "save the model as safetensors first"
+            f"{folder}: only pickle weights ({listing(pickles)}), which can run code when opened. Save the model as "
+            "safetensors, or give --allow-pickle: they are opened as plain data then, and no code in them runs"
         )
     raise IncompleteInputError(f"{folder}: neither {SINGLE_NAME} nor {INDEX_NAME} found")
 
 
-def _log_unlisted(folder: Path, listed: set[str]) -> None:
-    unlisted = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in listed)
+def _log_unlisted(folder: Path, listed: set[str], suffix: str) -> None:
+    unlisted = sorted(path.name for path in folder.glob(f"*{suffix}") if path.name not in listed)
     if unlisted:
         logger.warning("%s: not named by the index and not read: %s", folder, listing(unlisted))
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from megatron_qwen.checkpoint import manifest
 from megatron_qwen.checkpoint.inside import check_inside
-from megatron_qwen.checkpoint.safetensors_header import TensorEntry, read_folder
+from megatron_qwen.checkpoint.safetensors_header import SAFETENSORS, TensorEntry, WeightFiles, read_folder
+from megatron_qwen.checkpoint.torch_bin import PICKLED
 from megatron_qwen.conversion.byte_ranges import read_values
 from megatron_qwen.conversion.parameters import WHOLE, Parameter, Shard
 from megatron_qwen.conversion.plan import ConversionPlan, plan_import
@@ -43,11 +44,17 @@ class HfFolder:
         entries: every tensor by name, from the headers; experts fused by transformers 5 appear one by one.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, allow_pickle: bool = False) -> None:
+        """Open the folder.
+
+        Args:
+            path: holds config.json and safetensors.
+            allow_pickle: where there are none, open `pytorch_model.bin`, as plain data.
+        """
         self.path = path
         check_inside(path, "config.json", path / "config.json")
         self.config = QwenConfig.from_hf(path)
-        self.entries = split_fused_experts(read_folder(path))
+        self.entries = split_fused_experts(_read_entries(path, allow_pickle))
         self._stamps = FileStamps({entry.file for entry in self.entries.values()})
         _compare_manifest(path)
 
@@ -136,6 +143,20 @@ class HfFolder:
         entry = self.entries[name]
         dtype = TORCH_DTYPES[entry.dtype]
         return read_values(entry.file, entry.begin + first * dtype.itemsize, dtype, count)
+
+
+def has_hf_weights(path: Path) -> bool:
+    """Whether a folder holds weights as Hugging Face names them, of either kind."""
+    return _has(path, SAFETENSORS) or _has(path, PICKLED)
+
+
+def _read_entries(path: Path, allow_pickle: bool) -> dict[str, TensorEntry]:
+    is_pickled = allow_pickle and _has(path, PICKLED) and not _has(path, SAFETENSORS)
+    return read_folder(path, PICKLED if is_pickled else SAFETENSORS)
+
+
+def _has(path: Path, files: WeightFiles) -> bool:
+    return (path / files.single).is_file() or (path / files.index).is_file()
 
 
 class FileStamps:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_qwen.checkpoint.safetensors_header import INDEX_NAME, SINGLE_NAME
 from megatron_qwen.checkpoint.strict_json import listing
-from megatron_qwen.conversion.hf import HfFolder
-from megatron_qwen.conversion.megatron import MegatronFolder
+from megatron_qwen.conversion.hf import HfFolder, has_hf_weights
+from megatron_qwen.conversion.legacy import LegacyFolder
+from megatron_qwen.conversion.legacy_files import is_legacy_step
+from megatron_qwen.conversion.megatron import MegatronFolder, find_step_folder, is_step
 from megatron_qwen.conversion.parameters import (
     WHOLE,
     Parameter,
@@ -23,7 +24,6 @@ from megatron_qwen.conversion.parameters import (
     parameters,
     tied_output,
 )
-from megatron_qwen.conversion.plan import plan_export, plan_import
 from megatron_qwen.errors import IncompleteInputError, MismatchError
 from megatron_qwen.model.config import QwenConfig
 
@@ -32,27 +32,41 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Source = HfFolder | MegatronFolder
+Source = HfFolder | MegatronFolder | LegacyFolder
 
 
-def open_source(folder: str | Path, *, step: int | None = None, config: QwenConfig | None = None) -> Source:
+def open_source(
+    folder: str | Path, *, step: int | None = None, config: QwenConfig | None = None, allow_pickle: bool = False
+) -> Source:
     """Open a Hugging Face or Megatron folder and prove from its headers that it holds the model it says.
 
+    Args:
+        folder: Hugging Face (safetensors, or pytorch_model.bin), Megatron torch_dist or Megatron per-rank
+            (`mp_rank_*`); of a Megatron run, or one step of it.
+        step: of a run; None takes what its tracker names.
+        config: the model, for a Megatron checkpoint without `hf/config.json`.
+        allow_pickle: open files that are pickles (per-rank checkpoints, pytorch_model.bin), as plain data.
+
     Raises:
-        InputError, ConfigError: it does not, or it is neither.
+        UnsafeInputError: the weights are pickles and `allow_pickle` is not set.
+        InputError, ConfigError: the folder holds another model than it says, or none.
     """
     path = Path(folder)
     if not path.is_dir():
         raise IncompleteInputError(f"{path}: no such folder; expected a Hugging Face or Megatron checkpoint")
-    if (path / SINGLE_NAME).is_file() or (path / INDEX_NAME).is_file():
-        hf = HfFolder(path)
-        plan_import(hf.config, hf.entries, where=str(path), dtype=torch.float32)
-        return hf
-    if (path / "config.json").is_file() and not (path / ".metadata").is_file():
-        HfFolder(path)  # says what is wrong with the weights
-    megatron = MegatronFolder(path, step=step, config=config)
-    plan_export(megatron.config, megatron.stored, where=str(megatron.path))
-    return megatron
+    is_hf = has_hf_weights(path) or ((path / "config.json").is_file() and not is_step(path))
+    source = HfFolder(path, allow_pickle=allow_pickle) if is_hf else _open_megatron(path, step, config, allow_pickle)
+    source.plan(torch.float32)
+    return source
+
+
+def _open_megatron(
+    path: Path, step: int | None, config: QwenConfig | None, allow_pickle: bool
+) -> MegatronFolder | LegacyFolder:
+    folder = find_step_folder(path, step)
+    if is_legacy_step(folder):
+        return LegacyFolder(folder, config=config, allow_pickle=allow_pickle)
+    return MegatronFolder(folder, config=config)
 
 
 def read_config(folder: str | Path) -> QwenConfig:
@@ -73,16 +87,18 @@ def load_model(
     *,
     backend: str = "auto",
     step: int | None = None,
+    allow_pickle: bool = False,
     **build_options: Any,
 ) -> Any:
     """Build this rank's part of the model in `folder` and fill it.
 
     Args:
-        folder: Hugging Face or Megatron (torch_dist) checkpoint.
+        folder: Hugging Face or Megatron checkpoint, as `open_source` takes it.
         dtype: of the parameters; None takes config.json's.
         layout: parallel sizes; None takes those that run, or starts a group of one rank.
         backend: layer implementation, as in `build_model`.
         step: of a training run; None takes the latest.
+        allow_pickle: open weights that are pickles, as plain data.
         build_options: further arguments of `build_model`.
 
     Returns:
@@ -93,7 +109,7 @@ def load_model(
     """
     from megatron_qwen.model.build import build_model_chunks
 
-    source = open_source(folder, step=step)
+    source = open_source(folder, step=step, allow_pickle=allow_pickle)
     wanted = dtype or getattr(torch, source.config.torch_dtype)
     chunks = build_model_chunks(source.config, layout, dtype=wanted, backend=backend, **build_options)
     _fill(chunks, source)
@@ -101,7 +117,12 @@ def load_model(
 
 
 def load_weights_into(
-    model_chunks: Sequence[Any], folder: str | Path, config: QwenConfig, *, step: int | None = None
+    model_chunks: Sequence[Any],
+    folder: str | Path,
+    config: QwenConfig,
+    *,
+    step: int | None = None,
+    allow_pickle: bool = False,
 ) -> None:
     """Fill the chunks of a built model (wrapped by DDP or Float16Module or not) with this rank's shards.
 
@@ -109,14 +130,15 @@ def load_weights_into(
 
     Args:
         model_chunks: the virtual stages of this pipeline rank.
-        folder: Hugging Face or Megatron (torch_dist) checkpoint.
+        folder: Hugging Face or Megatron checkpoint, as `open_source` takes it.
         config: the model that was built; its shapes must be the folder's.
         step: of a training run; None takes the latest.
+        allow_pickle: open weights that are pickles, as plain data.
 
     Raises:
         MismatchError: folder and model differ; the tensors are listed.
     """
-    source = open_source(folder, step=step, config=config)
+    source = open_source(folder, step=step, config=config, allow_pickle=allow_pickle)
     if parameters(config) != parameters(source.config):
         raise MismatchError(f"{folder}: holds a model of other shapes than the one that was built")
     _fill(model_chunks, source)

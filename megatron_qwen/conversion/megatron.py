@@ -23,8 +23,9 @@ from megatron_qwen.checkpoint.pickles import METADATA_NAME, read_metadata
 from megatron_qwen.checkpoint.strict_json import listing
 from megatron_qwen.conversion.chunks import ChunkReader
 from megatron_qwen.conversion.hf import FileStamps, head_sizes
+from megatron_qwen.conversion.legacy_files import is_legacy_step
 from megatron_qwen.conversion.parameters import WHOLE, Parameter, Shard, StoredPlace
-from megatron_qwen.conversion.plan import ConversionPlan, StoredTensor, find_places, plan_export
+from megatron_qwen.conversion.plan import StoredTensor, find_places
 from megatron_qwen.conversion.rows import MegatronRows
 from megatron_qwen.conversion.transforms import TRANSFORMS, pad_rows, unpad_rows
 from megatron_qwen.errors import ConfigError, CorruptInputError, IncompleteInputError
@@ -74,14 +75,6 @@ class MegatronFolder(MegatronRows):
         self._chunks = ChunkReader(self.path, metadata, tensors)
         self._places = find_places(self.config, self.stored)
         self._stamps = FileStamps({self.path / METADATA_NAME, *self._chunks.files()})
-
-    def plan(self, dtype: torch.dtype | None = None) -> ConversionPlan:
-        """Prove from the headers that the folder holds its model, and plan the conversion to `dtype`.
-
-        Raises:
-            MismatchError: config.json and weights contradict each other; the message lists everything found.
-        """
-        return plan_export(self.config, self.stored, where=str(self.path), dtype=dtype)
 
     def dtype_of(self, parameter: Parameter) -> torch.dtype:
         """Return the dtype in which the parameter is stored."""
@@ -179,11 +172,9 @@ def find_step_folder(path: Path, step: int | None = None) -> Path:
         IncompleteInputError: there is none; what is there is listed.
     """
     path = Path(path)
-    if (path / ".metadata").is_file():
+    if is_step(path):
         return path
-    there = (
-        sorted(folder.name for folder in path.iterdir() if (folder / ".metadata").is_file()) if path.is_dir() else []
-    )
+    there = sorted(folder.name for folder in path.iterdir() if is_step(folder)) if path.is_dir() else []
     choices = f"complete checkpoints in it: {listing(there) or 'none'}"
     if step is not None:
         name = f"iter_{step:07d}"
@@ -200,6 +191,11 @@ def find_step_folder(path: Path, step: int | None = None) -> Path:
     if name not in there:
         raise IncompleteInputError(f"{path}: no complete checkpoint {name}; {choices}")
     return path / name
+
+
+def is_step(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint, `torch_dist` or per-rank."""
+    return (folder / METADATA_NAME).is_file() or is_legacy_step(folder)
 
 
 def _is_weight(key: str) -> bool:
