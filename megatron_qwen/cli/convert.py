@@ -134,7 +134,7 @@ def import_command(
         max_memory=_memory(max_memory),
         progress=not as_json,
     )
-    _convert(conversion, is_dry=dry_run, as_json=as_json)
+    run_conversion(conversion, is_dry=dry_run, as_json=as_json)
 
 
 def export_command(
@@ -173,7 +173,7 @@ def export_command(
         max_memory=_memory(max_memory),
         progress=not as_json,
     )
-    _convert(conversion, is_dry=dry_run, as_json=as_json)
+    run_conversion(conversion, is_dry=dry_run, as_json=as_json)
 
 
 def reshard_command(
@@ -191,6 +191,13 @@ def reshard_command(
     optimizer: Annotated[
         bool, typer.Option("--optimizer/--no-optimizer", help="Carry the optimizer state, where there is one.")
     ] = True,
+    distributed_optimizer: Annotated[
+        bool | None,
+        typer.Option(
+            "--distributed-optimizer/--no-distributed-optimizer",
+            help="Kind of the optimizer that goes on; default: that of the run.",
+        ),
+    ] = None,
     dtype: _Dtype = None,
     dry_run: _DryRun = False,
     verify: _Verify = False,
@@ -213,6 +220,7 @@ def reshard_command(
         ckpt_format=ckpt_format,
         layout=_layout(tp=tp, pp=pp, pp_layout=pp_layout, vpp=vpp, ep=ep, etp=etp),
         optimizer=optimizer,
+        distributed_optimizer=distributed_optimizer,
         dtype=dtype,
         verify=verify,
         resume=resume,
@@ -223,7 +231,7 @@ def reshard_command(
         max_memory=_memory(max_memory),
         progress=not as_json,
     )
-    _convert(conversion, is_dry=dry_run, as_json=as_json)
+    run_conversion(conversion, is_dry=dry_run, as_json=as_json)
 
 
 def parse_size(text: str, option: str) -> int:
@@ -257,7 +265,8 @@ def _read_config(path: Path | None) -> Any:
     return None if path is None else QwenConfig.from_hf(path)
 
 
-def _convert(conversion: Conversion, *, is_dry: bool, as_json: bool) -> None:
+def run_conversion(conversion: Conversion, *, is_dry: bool, as_json: bool) -> None:
+    """Run a conversion, or say what it would do, and print the report."""
     from megatron_qwen.cli.convert_tables import print_conversion, print_dry_run
 
     if is_dry:

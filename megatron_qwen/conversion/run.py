@@ -37,6 +37,7 @@ from megatron_qwen.conversion.parameters import tied_output
 from megatron_qwen.conversion.plan import ConversionPlan
 from megatron_qwen.conversion.progress import progress_bar
 from megatron_qwen.conversion.report import ConversionReport, DryRun, FileSize, expected_seconds
+from megatron_qwen.conversion.reshard import reshard_files
 from megatron_qwen.conversion.staging import Staging, finish, is_finished, staged, usable_bytes
 from megatron_qwen.conversion.verification import verify_output
 from megatron_qwen.errors import Interrupted, MismatchError, QwenError, StorageError
@@ -51,6 +52,7 @@ __all__ = [
     "load_model",
     "load_weights_into",
     "open_source",
+    "prepare",
     "prepare_export",
     "prepare_import",
     "prepare_reshard",
@@ -120,7 +122,7 @@ def reshard(
 def prepare_import(hf_dir: str | Path, out_dir: str | Path, **options: Any) -> Conversion:
     """Prove from headers that `import_hf` can do its work, and return it ready to run."""
     chosen = ConversionOptions(**options)
-    return _prepare("hf -> megatron", HfFolder(Path(hf_dir)), Path(out_dir), chosen, megatron_files)
+    return prepare("hf -> megatron", HfFolder(Path(hf_dir)), Path(out_dir), chosen, megatron_files)
 
 
 def prepare_export(
@@ -134,7 +136,7 @@ def prepare_export(
     """Prove from headers that `export_hf` can do its work, and return it ready to run."""
     chosen = ConversionOptions(**options)
     source = _open_megatron(Path(megatron_dir), step, config, chosen)
-    return _prepare("megatron -> hf", source, Path(out_dir), chosen, hf_files)
+    return prepare("megatron -> hf", source, Path(out_dir), chosen, hf_files)
 
 
 def prepare_reshard(
@@ -148,7 +150,7 @@ def prepare_reshard(
     """Prove from headers that `reshard` can do its work, and return it ready to run."""
     chosen = ConversionOptions(**options)
     source = _open_megatron(Path(in_dir), step, config, chosen)
-    return _prepare("megatron -> megatron", source, Path(out_dir), chosen, megatron_files)
+    return prepare("megatron -> megatron", source, Path(out_dir), chosen, reshard_files)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +182,9 @@ class Conversion:
     @property
     def manifest_name(self) -> str:
         """Where the manifest lies in the target."""
-        return manifest.MANIFEST_NAME if self.direction.endswith("hf") else f"{RELEASE}/{manifest.MANIFEST_NAME}"
+        folders = {file.name.partition("/")[0] for file in self.files}
+        steps = [folder for folder in folders if folder == RELEASE or folder.startswith("iter_")]
+        return f"{steps[0]}/{manifest.MANIFEST_NAME}" if steps else manifest.MANIFEST_NAME
 
     @property
     def num_tensors(self) -> int:
@@ -297,14 +301,24 @@ def _open_megatron(path: Path, step: int | None, config: QwenConfig | None, opti
     return MegatronFolder(folder, config=config)
 
 
-def _prepare(
+def prepare(
     direction: str,
     source: WeightSource,
     target: Path,
     options: ConversionOptions,
     output: Callable[[WeightSource, ConversionPlan, CheckedWeights, ConversionOptions], list[OutputFile]],
+    recipe: Mapping[str, Any] | None = None,
 ) -> Conversion:
-    """Prove everything that can be proved without a weight; all that contradicts comes in one error."""
+    """Prove everything that can be proved without a weight; all that contradicts comes in one error.
+
+    Args:
+        direction: for messages; one that ends in "hf" makes a Hugging Face folder.
+        source: the weights.
+        target: the folder to be made.
+        options: as asked for.
+        output: gives the files of the target.
+        recipe: what decides the values beside the source's files, as JSON types.
+    """
     started = time.monotonic()
     problems: list[QwenError] = []
     if not options.resume:
@@ -315,7 +329,7 @@ def _prepare(
     if plan is None or files is None:
         _raise(problems)
         raise AssertionError("no plan and no problem")
-    fingerprint = _fingerprint(direction, source, target, plan, files, options)
+    fingerprint = {**_fingerprint(direction, source, target, plan, files, options), "recipe": recipe}
     _collect(problems, lambda: check_memory(files, options.max_memory))
     _collect(problems, lambda: _check_disk(target, sum(file.num_bytes for file in files), fingerprint, options))
     _raise(problems)
