@@ -56,6 +56,8 @@ def repair_megatron_core() -> None:
     _define_te_general_gemm()
     _dispatch_cpu_tensors()
     _use_fused_layout_adam()
+    _scale_gradients_in_place()
+    _accumulate_weight_gradients_on_cpu()
     _skip_collectives_of_one_rank()
     _save_optimizer_without_bucket_padding()
 
@@ -96,6 +98,46 @@ def _use_fused_layout_adam() -> None:
         distributed.Adam = FusedLayoutAdam  # type: ignore[attr-defined]
         distributed.HAVE_APEX_OR_TE = True  # type: ignore[attr-defined]
         distributed.USING_APEX_OPTIMIZER = True  # type: ignore[attr-defined]
+
+
+def _scale_gradients_in_place() -> None:
+    # Clipping without Transformer Engine and Apex makes a scaled copy of every gradient and copies it back, which is
+    # 1% of a training step on a CPU.
+    clip_grads = importlib.import_module("megatron.core.optimizer.clip_grads")
+    if clip_grads.multi_tensor_scale_impl is importlib.import_module("megatron.core.utils").local_multi_tensor_scale:
+        clip_grads.multi_tensor_scale_impl = _multi_tensor_scale  # type: ignore[attr-defined]
+
+
+def _multi_tensor_scale(chunk_size: int, noop_flag: Any, tensor_lists: Any, scale: float) -> None:
+    import torch
+
+    for source, target in zip(*tensor_lists, strict=True):
+        torch.mul(source, scale, out=target)
+
+
+def _accumulate_weight_gradients_on_cpu() -> None:
+    # `gradient_accumulation_fusion` calls a CUDA extension of apex. On a CPU the same is one GEMM that adds to its
+    # output: no gradient of its own for each weight, and no pass to add it.
+    import torch
+
+    layers = importlib.import_module("megatron.core.tensor_parallel.layers")
+    if not torch.cuda.is_available() and not hasattr(layers, "fused_weight_gradient_mlp_cuda"):
+        layers.fused_weight_gradient_mlp_cuda = _CpuWeightGradient  # type: ignore[attr-defined]
+        layers._grad_accum_fusion_available = True  # type: ignore[attr-defined]
+
+
+class _CpuWeightGradient:
+    """The functions of apex's extension that Megatron-Core calls: main_grad [O, I] += grad_output^T input."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(total_input: Any, grad_output: Any, main_grad: Any) -> None:
+        """Add the gradient of a weight; input [N, I] and grad_output [N, O] in any dtype, main_grad fp32."""
+        if main_grad.dtype == grad_output.dtype:
+            main_grad.addmm_(grad_output.t(), total_input)
+        else:
+            main_grad.add_(grad_output.t() @ total_input)
+
+    wgrad_gemm_accum_fp16 = wgrad_gemm_accum_fp32
 
 
 def _skip_collectives_of_one_rank() -> None:
@@ -243,6 +285,13 @@ def repair_expert_grad_norm(optimizers: Sequence[Any]) -> None:
     for optimizer in optimizers:
         if any(group.get("is_expert_parallel") for group in optimizer.param_groups):
             optimizer.tp_group = parallel_state.get_expert_tensor_parallel_group()
+
+
+def experts_of_a_layer(module: type, submodules: Any) -> Any:
+    """Return what a spec provider's `grouped_mlp_modules` returns: a builder since 0.17, a pair before."""
+    if megatron_version() >= Version("0.17"):
+        return functools.partial(module, submodules=submodules)
+    return module, submodules
 
 
 def has_apex_gradient_fusion() -> bool:

@@ -71,6 +71,10 @@ def build_model(
         # Initialising is what costs: the layers then allocate without naming a device, so that meta is taken.
         overrides |= {"use_cpu_initialization": True, "perform_initialization": False}
     overrides |= transformer_config_overrides
+    fuses_activation = overrides.get("bias_activation_fusion", torch.cuda.is_available())
+    if overrides["transformer_impl"] == "local" and not fuses_activation:
+        # The switch by which Megatron's MLPs take the activation module of the layer spec: ours, see swiglu.py.
+        overrides.setdefault("use_te_activation_func", True)
     transformer_config = config.to_transformer_config(layout, dtype=dtype, **overrides)
     if pre_process is None:
         pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)

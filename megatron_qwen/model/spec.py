@@ -20,6 +20,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType, LayerType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -32,7 +33,9 @@ from megatron.core.transformer.transformer_layer import (
 from megatron_qwen import compat
 from megatron_qwen.errors import ConfigError
 from megatron_qwen.model.attention import CoreAttention
+from megatron_qwen.model.experts import LocalExperts
 from megatron_qwen.model.norm import RMSNorm
+from megatron_qwen.model.swiglu import SwiGLU
 from megatron_qwen.model.transformer_config import transformer_engine_by_default
 
 logger = logging.getLogger(__name__)
@@ -41,7 +44,7 @@ BACKENDS = ("auto", "local", "te")
 
 
 class QwenLocalSpecProvider(LocalSpecProvider):  # type: ignore[misc]  # megatron-core is untyped
-    """Megatron's local modules with our norm and core attention."""
+    """Megatron's local modules with our norm, core attention, activation and routed experts."""
 
     def layer_norm(self, *_: Any, **__: Any) -> type:
         """Return the norm of layers and of the block's end."""
@@ -50,6 +53,19 @@ class QwenLocalSpecProvider(LocalSpecProvider):  # type: ignore[misc]  # megatro
     def core_attention(self) -> type:
         """Return the core attention."""
         return CoreAttention
+
+    def activation_func(self) -> type:
+        """Return the activation of MLPs, taken where the configuration's use_te_activation_func is on."""
+        return SwiGLU
+
+    def grouped_mlp_modules(self, *_: Any) -> Any:
+        """Return the routed experts."""
+        submodules = MLPSubmodules(
+            linear_fc1=self.column_parallel_linear(),
+            linear_fc2=self.row_parallel_linear(),
+            activation_func=self.activation_func(),
+        )
+        return compat.experts_of_a_layer(LocalExperts, submodules)
 
 
 def resolve_backend(backend: str, config: TransformerConfig | None = None) -> str:
@@ -87,7 +103,9 @@ def layer_spec(*, backend: str, num_experts: int | None = None, grouped_gemm: bo
             num_experts=num_experts, moe_grouped_gemm=num_experts is not None and grouped_gemm
         )
     provider = QwenLocalSpecProvider()
-    mlp = get_mlp_module_spec_for_backend(backend=provider, num_experts=num_experts, moe_grouped_gemm=False)
+    mlp = get_mlp_module_spec_for_backend(
+        backend=provider, num_experts=num_experts, moe_grouped_gemm=False, use_te_activation_func=True
+    )
     attention = SelfAttentionSubmodules(
         linear_qkv=provider.column_parallel_linear(),
         core_attention=provider.core_attention(),

@@ -49,7 +49,7 @@ def _machine_problems(performance: PerformanceRecipe) -> Iterator[str]:
         **needs_te,
         "cuda_graphs": performance.cuda_graphs,
         "optimizer_cpu_offload": performance.optimizer_cpu_offload,
-        "gradient_accumulation_fusion": performance.gradient_accumulation_fusion,
+        "defer_embedding_wgrad_compute": performance.defer_embedding_wgrad_compute,
     }
     for name, is_on in needs_cuda.items():
         if is_on and not has_cuda:
@@ -80,7 +80,7 @@ def _optimizer_problems(recipe: Recipe) -> Iterator[str]:
         yield "overlap_param_gather_with_optimizer_step needs overlap_param_gather and parallel.vpp > 1"
     if performance.bucket_size is not None and not performance.overlap_grad_reduce:
         yield "bucket_size has no effect without overlap_grad_reduce"
-    if performance.defer_embedding_wgrad_compute and not performance.gradient_accumulation_fusion:
+    if performance.defer_embedding_wgrad_compute and not fuses_gradient_accumulation(performance):
         yield "defer_embedding_wgrad_compute needs gradient_accumulation_fusion"
 
 
@@ -96,6 +96,15 @@ def _moe_problems(performance: PerformanceRecipe, config: QwenConfig) -> Iterato
             yield f"{name} needs a mixture-of-experts model"
 
 
+def fuses_gradient_accumulation(performance: PerformanceRecipe) -> bool:
+    """Whether weight gradients are added inside the GEMM: as asked, else where it needs nothing (on a CPU)."""
+    import torch
+
+    if performance.gradient_accumulation_fusion is None:
+        return not torch.cuda.is_available()
+    return performance.gradient_accumulation_fusion
+
+
 def transformer_overrides(recipe: Recipe, config: QwenConfig) -> dict[str, Any]:
     """Return the fields of Megatron's TransformerConfig that training sets, on top of the model's own."""
     from megatron_qwen.parallel.device import communication_backend
@@ -109,7 +118,7 @@ def transformer_overrides(recipe: Recipe, config: QwenConfig) -> dict[str, Any]:
         # Freeing an output whose overlapped send is still under way is safe on a CUDA stream only: over gloo the
         # next stage then receives whatever took its place.
         "deallocate_pipeline_outputs": recipe.parallel.pp > 1 and communication_backend() != "gloo",
-        "gradient_accumulation_fusion": performance.gradient_accumulation_fusion,
+        "gradient_accumulation_fusion": fuses_gradient_accumulation(performance),
         **_recompute_fields(performance),
     }
     dropouts = {"attention_dropout": recipe.model.attention_dropout, "hidden_dropout": recipe.model.hidden_dropout}

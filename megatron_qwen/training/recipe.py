@@ -267,7 +267,8 @@ class PerformanceRecipe(RecipeGroup):
         tp_comm_overlap, fp8, fp8_recipe, fp8_param_gather: through Transformer Engine.
         cuda_graphs: capture layers as CUDA graphs.
         moe_grouped_gemm, moe_token_dispatcher, moe_shared_expert_overlap, moe_permute_fusion: of MoE layers.
-        gradient_accumulation_fusion: add weight gradients inside the GEMM (needs apex or Transformer Engine).
+        gradient_accumulation_fusion: add weight gradients inside the GEMM; on a GPU it needs apex or Transformer
+            Engine. None: on a CPU only.
         defer_embedding_wgrad_compute: of the last pipeline stage.
     """
 
@@ -295,7 +296,7 @@ class PerformanceRecipe(RecipeGroup):
     moe_token_dispatcher: str | None = None
     moe_shared_expert_overlap: bool = False
     moe_permute_fusion: bool = False
-    gradient_accumulation_fusion: bool = False
+    gradient_accumulation_fusion: bool | None = None
     defer_embedding_wgrad_compute: bool = False
 
     def problems(self) -> Iterator[str]:  # noqa: D102

@@ -16,9 +16,9 @@ NEED_CUDA = [
     "performance.fp8=hybrid",
     "performance.cuda_graphs=true",
     "performance.tp_comm_overlap=true",
-    "performance.gradient_accumulation_fusion=true",
     "performance.precision_aware_optimizer=true",
     "performance.optimizer_cpu_offload=true",
+    "performance.defer_embedding_wgrad_compute=true",
 ]
 
 
@@ -38,7 +38,10 @@ def test_switches_for_gpus_are_refused_without_one(switch):
         (["fp8_param_gather=true"], "fp8_param_gather needs fp8"),
         (["moe_grouped_gemm=true"], "needs a mixture-of-experts model"),
         (["overlap_param_gather_with_optimizer_step=true"], r"parallel\.vpp > 1"),
-        (["defer_embedding_wgrad_compute=true"], "needs gradient_accumulation_fusion"),
+        (
+            ["defer_embedding_wgrad_compute=true", "gradient_accumulation_fusion=false"],
+            "needs gradient_accumulation_fusion",
+        ),
     ],
 )
 def test_switches_that_need_each_other(switches, reason):

@@ -56,6 +56,7 @@ class MegatronStep:
         from megatron_qwen.parallel.device import current_device
         from megatron_qwen.parallel.layout import ParallelLayout
         from megatron_qwen.training.optim import build_optimizer, wrap_chunks
+        from megatron_qwen.training.performance import transformer_overrides
         from megatron_qwen.training.recipe import ModelRecipe, OptimizerRecipe, Recipe, ScheduleRecipe
         from megatron_qwen.training.step import TrainStep
 
@@ -74,7 +75,7 @@ class MegatronStep:
         )
         layout = groups.initialize(ParallelLayout())
         config = QwenConfig.from_hf(folder)
-        chunks = build_model_chunks(config, layout, dtype=DTYPES[dtype])
+        chunks = build_model_chunks(config, layout, dtype=DTYPES[dtype], **transformer_overrides(recipe, config))
         load_weights_into(chunks, Path(folder), config)
         wrapped = wrap_chunks(recipe, chunks)
         optimizer = build_optimizer(recipe, wrapped)
