@@ -11,6 +11,7 @@ _PUBLIC = {
     "load_model": "loading",
     "load_weights_into": "loading",
     "read_config": "loading",
+    "reshard": "run",
     "plan_export": "plan",
     "plan_import": "plan",
     "verify": "comparison",

@@ -88,7 +88,7 @@ def _rank_output(
 ) -> OutputFile:
     content = head | {chunk.key: _state_dict(chunk, items) for chunk in file.chunks}
     state = optimizer.rank_state(file.folder) if optimizer else None
-    layout = lay_out(content | (state.entries if state else {}))
+    layout = lay_out({**content, **(state.entries if state else {})})
     tensors = [tensor for chunk in file.chunks for tensor in chunk.tensors]
     pieces: list[Piece] = []
     for tensor, offset in zip(tensors, layout.offsets, strict=state is None):

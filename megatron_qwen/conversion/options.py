@@ -40,6 +40,7 @@ class ConversionOptions:
         ckpt_format: of a Megatron target: "torch_dist", or "torch" for per-rank files.
         layout: of per-rank files.
         optimizer: carry the optimizer state from one Megatron checkpoint to the other, where there is one.
+        distributed_optimizer: write it as the distributed optimizer's; None keeps the kind of the source.
 
     Raises:
         ConfigError: a value is not one of these.
@@ -58,6 +59,7 @@ class ConversionOptions:
     ckpt_format: Literal["torch_dist", "torch"] = "torch_dist"
     layout: ParallelLayout | None = None
     optimizer: bool = True
+    distributed_optimizer: bool | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.dtype, str) and self.dtype not in DTYPES:

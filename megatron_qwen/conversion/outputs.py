@@ -40,7 +40,7 @@ def hf_files(
             )
     order = hf_file_order(tuple(item.parameter for item in plan.parameters))
     return [
-        *hf_output([tensors[name] for name, _ in order], options.max_shard_bytes, block=_block(options)),
+        *hf_output([tensors[name] for name, _ in order], options.max_shard_bytes, block=block_of(options)),
         config_file(plan.config),
         *companion_files(source.side_folders()),
     ]
@@ -60,7 +60,7 @@ def megatron_files(
             options.layout or ParallelLayout(),
             lambda item, begin, end: weights.rows(item.parameter, begin, end),
             folder=f"{RELEASE}/",
-            block=_block(options),
+            block=block_of(options),
         )
     else:
         files = torch_dist_output(
@@ -68,7 +68,7 @@ def megatron_files(
             dict.fromkeys(extra_state_keys(plan.config), empty_extra_state()),
             {"args": megatron_lm_args(plan.config), "checkpoint_version": 3.0, "iteration": 0},
             folder=f"{RELEASE}/",
-            block=_block(options),
+            block=block_of(options),
         )
     return [
         *files,
@@ -104,5 +104,6 @@ def empty_extra_state() -> bytes:
     return stream.getvalue()
 
 
-def _block(options: ConversionOptions) -> int:
+def block_of(options: ConversionOptions) -> int:
+    """Return the bytes of a piece."""
     return block_bytes(options.max_memory, options.threads or default_threads())
