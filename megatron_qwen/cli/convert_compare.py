@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from megatron_qwen.cli import convert_upcycle
 from megatron_qwen.errors import ConfigError, MismatchError
 
 if TYPE_CHECKING:
@@ -22,8 +23,9 @@ _ROWS_SHOWN = 60
 
 
 def register(group: typer.Typer) -> None:
-    """Add the verb `verify` to the group `convert`."""
+    """Add the verbs `verify` and `upcycle` to the group `convert`."""
     group.command("verify")(verify_command)
+    convert_upcycle.register(group)
 
 
 def verify_command(
@@ -43,6 +45,9 @@ def verify_command(
     against: Annotated[
         str, typer.Option(help="--logits: who runs A: megatron, or transformers for a Hugging Face folder.")
     ] = "megatron",
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Open pickle files, under an allow-list of plain classes.")
+    ] = False,
     threads: Annotated[int, typer.Option(help="That read, compare and hash.")] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, without a progress bar.")] = False,
 ) -> None:
@@ -62,13 +67,22 @@ def verify_command(
             _print_files(found)
     if weights:
         assert b is not None
-        reports["weights"] = compared = comparison.verify(a, b, threads=threads, progress=progress)
+        reports["weights"] = compared = comparison.verify(
+            a, b, threads=threads, allow_pickle=allow_pickle, progress=progress
+        )
         if not as_json:
             _print_differences(compared)
     if logits:
         assert b is not None
         reports["logits"] = outcome = divergence.compare_logits(
-            a, b, tokens=tokens, seed=seed, tolerance=tolerance, against=against, progress=progress
+            a,
+            b,
+            tokens=tokens,
+            seed=seed,
+            tolerance=tolerance,
+            against=against,
+            allow_pickle=allow_pickle,
+            progress=progress,
         )
         if not as_json:
             _print_layers(outcome)

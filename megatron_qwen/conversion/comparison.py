@@ -69,13 +69,16 @@ class VerifyReport:
         return {**asdict(self), "is_equal": self.is_equal, "differences": [asdict(item) for item in self.differences]}
 
 
-def verify(a: str | Path, b: str | Path, *, threads: int = 2, progress: Progress = silent) -> VerifyReport:
+def verify(
+    a: str | Path, b: str | Path, *, threads: int = 2, allow_pickle: bool = False, progress: Progress = silent
+) -> VerifyReport:
     """Compare configuration and every tensor of two folders, bit for bit.
 
     Args:
         a: a Hugging Face or Megatron folder.
         b: likewise; the formats may differ.
         threads: that read and compare.
+        allow_pickle: open weights that are pickles, as plain data.
         progress: of the tensors, and of A's bytes.
 
     Raises:
@@ -83,7 +86,7 @@ def verify(a: str | Path, b: str | Path, *, threads: int = 2, progress: Progress
     """
     if threads < 1:
         raise ConfigError(f"threads: got {threads}, expected at least 1")
-    left, right = open_source(a), open_source(b)
+    left, right = (open_source(folder, allow_pickle=allow_pickle) for folder in (a, b))
     differences = list(_compare_configs(left.config, right.config))
     mine, theirs = _by_name(left.config), _by_name(right.config)
     blocks: list[_Block] = []

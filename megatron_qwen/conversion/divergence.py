@@ -167,6 +167,7 @@ def compare_logits(
     seed: int = 0,
     tolerance: float | None = None,
     against: str = "megatron",
+    allow_pickle: bool = False,
     progress: Progress = silent,
 ) -> LogitsReport:
     """Run both models on the same tokens and judge every module of B on the input that A's has.
@@ -179,6 +180,7 @@ def compare_logits(
         tolerance: largest difference, as a part of a module's range of values, that counts as equal; None takes
             `DEFAULT_TOLERANCE` or `REFEREE_TOLERANCE`.
         against: who runs A: "megatron" (its modules, as for B) or "transformers" (in a process of its own).
+        allow_pickle: open weights that are pickles, as plain data.
         progress: of the layers.
 
     Raises:
@@ -192,7 +194,7 @@ def compare_logits(
     tolerance = tolerance if tolerance is not None else _TOLERANCES[against]
     if not tolerance >= 0:
         raise ConfigError(f"tolerance: got {tolerance}, expected >= 0")
-    left, right = open_source(a), open_source(b)
+    left, right = (open_source(folder, allow_pickle=allow_pickle) for folder in (a, b))
     report = LogitsReport(
         a=str(a), b=str(b), against=against, tokens=tokens, text=False, tolerance=tolerance, layers=(),
         divergences=tuple(_structural(left.config, right.config)), max_abs=0.0, logit_range=0.0, same_top1=0,

@@ -1,0 +1,164 @@
+"""`megatron-qwen convert upcycle`: a Qwen MoE made from a dense checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from megatron_qwen.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_qwen.conversion.upcycle import UpcyclingRecipe
+    from megatron_qwen.model.config import QwenConfig
+
+_RECIPE, _RUNNING = "Recipe", "Running"
+
+
+def register(group: typer.Typer) -> None:
+    """Add the verb `upcycle` to the group `convert`."""
+    group.command("upcycle")(upcycle_command)
+
+
+def upcycle_command(
+    dense_hf: Annotated[Path, typer.Argument(help="Hugging Face folder of a dense Qwen2 or Qwen2.5 model.")],
+    out: Annotated[Path, typer.Argument(help="Hugging Face folder of the MoE model to make.")],
+    num_experts: Annotated[int, typer.Option(help="Routed experts per MoE layer.", rich_help_panel=_RECIPE)],
+    topk: Annotated[int, typer.Option(help="Experts per token.", rich_help_panel=_RECIPE)],
+    granularity: Annotated[
+        int | None, typer.Option(help="Experts that one dense MLP is worth.", rich_help_panel=_RECIPE)
+    ] = None,
+    expert_width: Annotated[
+        int | None, typer.Option(help="Neurons of an expert, instead of --granularity.", rich_help_panel=_RECIPE)
+    ] = None,
+    shared_width: Annotated[
+        int | None, typer.Option(help="Neurons of the shared expert; default: topk experts.", rich_help_panel=_RECIPE)
+    ] = None,
+    reinit: Annotated[
+        float, typer.Option(help="Share of each expert's parameters drawn anew.", rich_help_panel=_RECIPE)
+    ] = 0.5,
+    reinit_std: Annotated[
+        float | None, typer.Option(help="Their deviation; default: initializer_range.", rich_help_panel=_RECIPE)
+    ] = None,
+    reinit_unit: Annotated[
+        str, typer.Option(help="parameter: single values; neuron: whole neurons.", rich_help_panel=_RECIPE)
+    ] = "parameter",
+    reinit_shared: Annotated[
+        bool, typer.Option("--reinit-shared", help="Also in the shared expert.", rich_help_panel=_RECIPE)
+    ] = False,
+    router_std: Annotated[
+        float | None,
+        typer.Option(help="Deviation of router and gate; default: initializer_range.", rich_help_panel=_RECIPE),
+    ] = None,
+    norm_topk_prob: Annotated[
+        bool, typer.Option("--norm-topk-prob", help="Probabilities of the chosen sum to 1.", rich_help_panel=_RECIPE)
+    ] = False,
+    router_aux_loss_coef: Annotated[
+        float, typer.Option(help="Of the load-balancing loss.", rich_help_panel=_RECIPE)
+    ] = 0.001,
+    dense_layers: Annotated[
+        str, typer.Option(help="Layers that stay dense, such as 0,1.", rich_help_panel=_RECIPE)
+    ] = "",
+    seed: Annotated[int, typer.Option(help="Of everything random.", rich_help_panel=_RECIPE)] = 0,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as it is.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file, such as 5GB or 500MB.")] = "50GB",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read the output again and compare it.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run left.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    threads: Annotated[int | None, typer.Option(help="Threads that write.", rich_help_panel=_RUNNING)] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="Memory for tensors at work, such as 500MB.", rich_help_panel=_RUNNING)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, without a bar.")] = False,
+) -> None:
+    """Make a Qwen MoE from a dense checkpoint: copy its MLPs, shuffle, cut into experts, draw half of each anew."""
+    from megatron_qwen.cli.convert import parse_size, run_conversion
+    from megatron_qwen.conversion.upcycle import make_recipe, prepare_upcycle
+    from megatron_qwen.model.config import QwenConfig
+
+    dense = QwenConfig.from_hf(dense_hf)
+    recipe = make_recipe(
+        dense,
+        num_experts=num_experts,
+        topk=topk,
+        granularity=granularity,
+        expert_width=expert_width,
+        shared_width=shared_width,
+        reinit=reinit,
+        reinit_std=reinit_std,
+        reinit_unit=reinit_unit,
+        reinit_shared=reinit_shared,
+        router_std=router_std,
+        norm_topk_prob=norm_topk_prob,
+        router_aux_loss_coef=router_aux_loss_coef,
+        dense_layers=_numbers(dense_layers),
+        seed=seed,
+    )
+    conversion = prepare_upcycle(
+        dense_hf,
+        out,
+        recipe,
+        dtype=dtype,
+        max_shard_bytes=parse_size(max_shard_size, "--max-shard-size"),
+        verify=verify,
+        resume=resume,
+        overwrite=overwrite,
+        threads=threads,
+        max_memory=None if max_memory is None else parse_size(max_memory, "--max-memory"),
+        progress=not as_json,
+    )
+    figures = _figures(dense, recipe)
+    if not as_json:
+        _print(figures)
+        run_conversion(conversion, is_dry=dry_run, as_json=False)
+        return
+    report = conversion.dry_run() if dry_run else conversion.run()
+    typer.echo(json.dumps({"model": figures, **report.to_json()}, indent=2))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ConfigError(f"--dense-layers: got {text!r}, expected numbers of layers such as 0,1") from None
+
+
+def _figures(dense: QwenConfig, recipe: UpcyclingRecipe) -> dict[str, Any]:
+    """Return the model that will be made in figures, and how it comes about."""
+    from megatron_qwen.conversion.upcycle import num_copies, upcycled_config
+    from megatron_qwen.model.parameters import count_parameters
+
+    moe = upcycled_config(dense, recipe)
+    count, before = count_parameters(moe), count_parameters(dense)
+    routed = recipe.num_experts * recipe.expert_width
+    copies = num_copies(routed, dense.intermediate_size)
+    return {
+        "parameters_dense": before.total,
+        "parameters_total": count.total,
+        "parameters_active": count.active,
+        "moe_layers": sum(moe.moe_layers()),
+        "experts": recipe.num_experts,
+        "experts_per_token": recipe.topk,
+        "expert_width": recipe.expert_width,
+        "shared_expert_width": recipe.shared_width,
+        "copies_of_each_mlp": copies,
+        "neurons_dropped": copies * dense.intermediate_size - routed,
+        "drawn_anew": recipe.reinit,
+        "drawn_anew_unit": recipe.reinit_unit,
+        "drawn_anew_std": dense.initializer_range if recipe.reinit_std is None else recipe.reinit_std,
+        "router_std": dense.initializer_range if recipe.router_std is None else recipe.router_std,
+        "seed": recipe.seed,
+    }
+
+
+def _print(figures: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="the MoE model", title_justify="left", show_header=False)
+    for name, value in figures.items():
+        table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+    Console().print(table)
