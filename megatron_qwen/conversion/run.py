@@ -7,9 +7,7 @@ plan = prepare_import("Qwen2.5-72B", "mg")   # the proof alone: no weight is rea
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -20,16 +18,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-import megatron_qwen
 from megatron_qwen.checkpoint import manifest
-from megatron_qwen.checkpoint.atomic import STAGING_MARK, storage_errors
 from megatron_qwen.conversion.engine import check_memory, default_threads, peak_memory, write_output
 from megatron_qwen.conversion.hf import HfFolder
 from megatron_qwen.conversion.interfaces import OutputFile, WeightSource
-from megatron_qwen.conversion.legacy import LegacyFolder
-from megatron_qwen.conversion.legacy_files import is_legacy_step
-from megatron_qwen.conversion.loading import load_model, load_weights_into, open_source, read_config
-from megatron_qwen.conversion.megatron import RELEASE, MegatronFolder, find_step_folder
+from megatron_qwen.conversion.loading import Source, load_model, load_weights_into, open_source, read_config
+from megatron_qwen.conversion.megatron import RELEASE
 from megatron_qwen.conversion.numerics import CheckedWeights
 from megatron_qwen.conversion.options import ConversionOptions
 from megatron_qwen.conversion.outputs import hf_files, megatron_files
@@ -37,10 +31,11 @@ from megatron_qwen.conversion.parameters import tied_output
 from megatron_qwen.conversion.plan import ConversionPlan
 from megatron_qwen.conversion.progress import progress_bar
 from megatron_qwen.conversion.report import ConversionReport, DryRun, FileSize, expected_seconds
-from megatron_qwen.conversion.reshard import reshard_files
-from megatron_qwen.conversion.staging import Staging, finish, is_finished, staged, usable_bytes
+from megatron_qwen.conversion.reshard import reshard_files, verify_optimizer
+from megatron_qwen.conversion.staging import Staging, finish, is_finished, staged
+from megatron_qwen.conversion.target import check_disk, check_target, existing_parent, fingerprint_of
 from megatron_qwen.conversion.verification import verify_output
-from megatron_qwen.errors import Interrupted, MismatchError, QwenError, StorageError
+from megatron_qwen.errors import Interrupted, MismatchError, QwenError
 from megatron_qwen.model.config import QwenConfig
 from megatron_qwen.signals import StopRequest
 
@@ -62,8 +57,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# Folders, the manifest and the journal, generously.
-_OVERHEAD_BYTES = 8 * 2**20
+RESHARD = "megatron -> megatron"
 _SCAN_ROWS = 4096
 _T = TypeVar("_T")
 
@@ -122,7 +116,8 @@ def reshard(
 def prepare_import(hf_dir: str | Path, out_dir: str | Path, **options: Any) -> Conversion:
     """Prove from headers that `import_hf` can do its work, and return it ready to run."""
     chosen = ConversionOptions(**options)
-    return prepare("hf -> megatron", HfFolder(Path(hf_dir)), Path(out_dir), chosen, megatron_files)
+    source = _open(Path(hf_dir), Path(out_dir), chosen, is_hf=True)
+    return prepare("hf -> megatron", source, Path(out_dir), chosen, megatron_files)
 
 
 def prepare_export(
@@ -135,7 +130,7 @@ def prepare_export(
 ) -> Conversion:
     """Prove from headers that `export_hf` can do its work, and return it ready to run."""
     chosen = ConversionOptions(**options)
-    source = _open_megatron(Path(megatron_dir), step, config, chosen)
+    source = _open(Path(megatron_dir), Path(out_dir), chosen, is_hf=False, step=step, config=config)
     return prepare("megatron -> hf", source, Path(out_dir), chosen, hf_files)
 
 
@@ -149,8 +144,8 @@ def prepare_reshard(
 ) -> Conversion:
     """Prove from headers that `reshard` can do its work, and return it ready to run."""
     chosen = ConversionOptions(**options)
-    source = _open_megatron(Path(in_dir), step, config, chosen)
-    return prepare("megatron -> megatron", source, Path(out_dir), chosen, reshard_files)
+    source = _open(Path(in_dir), Path(out_dir), chosen, is_hf=False, step=step, config=config)
+    return prepare(RESHARD, source, Path(out_dir), chosen, reshard_files)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,9 +203,9 @@ class Conversion:
             dtype=self.plan.config.torch_dtype,
             files=tuple(FileSize(file.name, file.num_bytes) for file in self.files),
             total_bytes=total,
-            free_bytes=shutil.disk_usage(_existing(self.target)).free,
+            free_bytes=shutil.disk_usage(existing_parent(self.target)).free,
             peak_memory_bytes=peak_memory(self.files, self.threads, self.options.max_memory),
-            expected_seconds=expected_seconds(total, _existing(self.target)),
+            expected_seconds=expected_seconds(total, existing_parent(self.target)),
             notes=self.plan.notes,
         )
 
@@ -219,7 +214,7 @@ class Conversion:
         if self.options.resume and is_finished(self.target, self.fingerprint, self.manifest_name):
             note = f"{self.target} was finished already; what was left beside it is deleted"
             return self._report(verify_seconds=0.0, reused=len(self.files), notes=[note])
-        _check_target(self.target, overwrite=self.options.overwrite)
+        check_target(self.target, overwrite=self.options.overwrite)
         if self.plan.has_equal_output:
             self._require_equal_output()
         with StopRequest() as stop:
@@ -250,6 +245,8 @@ class Conversion:
         if self.options.verify:
             began = time.monotonic()
             verify_output(staging.output, self.plan, self.weights, threads=self.threads, is_stopped=is_stopped)
+            if self.direction == RESHARD:
+                verify_optimizer(staging.output, self.source, self.options, threads=self.threads, is_stopped=is_stopped)
             verify_seconds = time.monotonic() - began
         self.source.check_unchanged()
         finish(staging, self.target, self.manifest_name, overwrite=self.options.overwrite or self.target.is_dir())
@@ -294,11 +291,20 @@ class Conversion:
         )
 
 
-def _open_megatron(path: Path, step: int | None, config: QwenConfig | None, options: ConversionOptions) -> WeightSource:
-    folder = find_step_folder(path, step)
-    if is_legacy_step(folder):
-        return LegacyFolder(folder, config=config, allow_pickle=options.allow_pickle)
-    return MegatronFolder(folder, config=config)
+def _open(path: Path, target: Path, options: ConversionOptions, *, is_hf: bool, **choice: Any) -> Source:
+    """Open a source of the kind wanted; if it cannot be, say in the same error what is wrong with the target."""
+    try:
+        source = open_source(path, allow_pickle=options.allow_pickle, **choice)
+    except QwenError as error:
+        problems = [error]
+        _collect(problems, lambda: check_target(target, overwrite=options.overwrite or options.resume))
+        _raise(problems)
+        raise
+    if isinstance(source, HfFolder) == is_hf:
+        return source
+    if is_hf:
+        raise MismatchError(f"{path}: a Megatron checkpoint, expected a Hugging Face folder; use export or reshard")
+    raise MismatchError(f"{path}: a Hugging Face folder, expected a Megatron checkpoint; use import")
 
 
 def prepare(
@@ -322,16 +328,16 @@ def prepare(
     started = time.monotonic()
     problems: list[QwenError] = []
     if not options.resume:
-        _collect(problems, lambda: _check_target(target, overwrite=options.overwrite))
+        _collect(problems, lambda: check_target(target, overwrite=options.overwrite))
     plan = _collect(problems, lambda: source.plan(options.torch_dtype))
     weights = CheckedWeights(source, options.torch_dtype, allow_nonfinite=options.allow_nonfinite)
     files = _collect(problems, lambda: output(source, plan, weights, options)) if plan is not None else None
     if plan is None or files is None:
         _raise(problems)
         raise AssertionError("no plan and no problem")
-    fingerprint = {**_fingerprint(direction, source, target, plan, files, options), "recipe": recipe}
+    fingerprint = {**fingerprint_of(direction, source, target, plan, files, options), "recipe": recipe}
     _collect(problems, lambda: check_memory(files, options.max_memory))
-    _collect(problems, lambda: _check_disk(target, sum(file.num_bytes for file in files), fingerprint, options))
+    _collect(problems, lambda: check_disk(target, files, fingerprint, resume=options.resume))
     _raise(problems)
     return Conversion(
         direction=direction,
@@ -360,78 +366,6 @@ def _raise(problems: list[QwenError]) -> None:
         raise problems[0]
     if problems:
         raise type(problems[0])("\n".join(str(problem) for problem in problems))
-
-
-def _fingerprint(
-    direction: str,
-    source: WeightSource,
-    target: Path,
-    plan: ConversionPlan,
-    files: list[OutputFile],
-    options: ConversionOptions,
-) -> Mapping[str, Any]:
-    """Return what decides the bytes of an output, as JSON gives it back."""
-    content = {
-        "version": megatron_qwen.__version__,
-        "direction": direction,
-        "source": str(source.path.resolve()),
-        "source_files": _stamps(source.path, target),
-        "config": plan.config.to_hf(),
-        "options": {
-            "dtype": str(options.torch_dtype),
-            "allow_nonfinite": options.allow_nonfinite,
-            "ckpt_format": options.ckpt_format,
-            "layout": repr(options.layout),
-            "optimizer": options.optimizer,
-        },
-        "files": {file.name: file.num_bytes for file in files},
-    }
-    parsed: Mapping[str, Any] = json.loads(json.dumps(content))
-    return parsed
-
-
-def _stamps(folder: Path, target: Path) -> dict[str, list[int]]:
-    """Return size and time of every file below `folder`, the target's own excepted."""
-    stamps = {}
-    for root, folders, names in os.walk(folder):
-        folders[:] = [
-            name
-            for name in folders
-            if not name.startswith(".") and STAGING_MARK not in name and Path(root, name).resolve() != target.resolve()
-        ]
-        for name in names:
-            status = Path(root, name).stat()
-            stamps[Path(root, name).relative_to(folder).as_posix()] = [status.st_size, status.st_mtime_ns]
-    return dict(sorted(stamps.items()))
-
-
-def _check_disk(target: Path, num_bytes: int, fingerprint: Mapping[str, Any], options: ConversionOptions) -> None:
-    with storage_errors(f"cannot use {target}"):
-        free = shutil.disk_usage(_existing(target)).free
-        free += usable_bytes(target, fingerprint) if options.resume else 0
-    needed = num_bytes + _OVERHEAD_BYTES
-    if free < needed:
-        raise StorageError(f"{target}: needs {needed:,} bytes, {free:,} are free on that disk; free some space")
-
-
-def _existing(path: Path) -> Path:
-    """Return the nearest folder above `path` that exists."""
-    return next(parent for parent in path.absolute().parents if parent.is_dir())
-
-
-def _check_target(target: Path, *, overwrite: bool) -> None:
-    with storage_errors(f"cannot use {target}"):
-        if not target.exists():
-            return
-        if not target.is_dir():
-            raise StorageError(f"{target}: is a file, expected a folder to be made; choose another name")
-        if not any(target.iterdir()):
-            return
-        if not overwrite:
-            raise StorageError(f"{target}: exists and is not empty; choose another folder, or give --overwrite")
-        steps = sorted(path.name for path in target.glob("iter_*"))
-        if steps:
-            raise StorageError(f"{target}: holds training steps ({steps[0]} ...), which --overwrite does not delete")
 
 
 def _bits(tensor: Tensor) -> Tensor:
