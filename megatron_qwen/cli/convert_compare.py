@@ -132,7 +132,6 @@ def _print_differences(report: VerifyReport) -> None:
 
 def _print_files(report: ManifestReport) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     console = Console()
     size = f"{report.files:,} files, {report.num_bytes / 1e6:,.1f} MB"
@@ -141,13 +140,12 @@ def _print_files(report: ManifestReport) -> None:
     if report.is_equal:
         console.print(f"manifest: every file is as {', '.join(report.manifests)} says: {size}", markup=False)
         return
-    table = Table(title=f"{len(report.differences):,} files differ ({size} hashed)")
-    for column in ("file", "kind", "in the manifest", "found"):
-        table.add_column(column, overflow="fold")
+    console.print(f"{len(report.differences):,} files differ ({size} hashed)", markup=False)
     for item in report.differences:
-        sides = [f"{side.bytes:,} bytes, {side.sha256}" if side else "-" for side in (item.expected, item.found)]
-        table.add_row(str(Path(item.folder) / item.name), item.kind, *sides)
-    console.print(table)
+        console.print(f"{item.kind}: {Path(item.folder) / item.name}", markup=False, soft_wrap=True)
+        for where, side in (("manifest", item.expected), ("found", item.found)):
+            if side is not None:
+                console.print(f"  {where:8} {side.bytes:>15,} bytes  {side.sha256}", markup=False, soft_wrap=True)
 
 
 def _print_layers(report: LogitsReport) -> None:
