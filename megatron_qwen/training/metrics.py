@@ -7,6 +7,7 @@ import importlib.util
 import json
 import logging
 import time
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,9 +176,16 @@ def _tensorboard_writer(folder: Path, wanted: bool | None, first_step: int) -> A
         level = logging.INFO if wanted is None else logging.WARNING
         logger.log(level, "tensorboard is not installed: no event files are written (pip install tensorboard)")
         return None
+    from tensorboard.summary.writer import event_file_writer
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(log_dir=str(folder), purge_step=first_step + 1)
+    # TensorBoard puts the name of the machine into the name of the file; a run may be handed on.
+    network = event_file_writer.socket
+    event_file_writer.socket = types.SimpleNamespace(gethostname=lambda: "run")
+    try:
+        return SummaryWriter(log_dir=str(folder), purge_step=first_step + 1)
+    finally:
+        event_file_writer.socket = network
 
 
 def forget_steps_after(path: Path, step: int) -> None:

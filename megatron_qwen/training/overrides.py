@@ -87,7 +87,7 @@ def _parse_text(text: str) -> Any:
         return None
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         return text
     # "3,5" is how people write lists on a command line; YAML reads it as the text it is.
     if isinstance(value, str) and "," in text:
@@ -204,6 +204,8 @@ def load_recipe(path: Path, base: Recipe | None = None) -> Recipe:
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: recipe file does not exist") from error
+    except RecursionError:
+        raise ConfigError(f"{path}: recipe file is nested too deeply") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: recipe file cannot be read: {error}") from error
     if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
