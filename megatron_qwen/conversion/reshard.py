@@ -4,30 +4,43 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from megatron_qwen.checkpoint.pickles import check_pickles, read_metadata
+from megatron_qwen.conversion.engine import read_in_parallel
 from megatron_qwen.conversion.hf_output import companion_files, config_file
 from megatron_qwen.conversion.interfaces import OutputFile, WeightSource, bytes_file
 from megatron_qwen.conversion.legacy import LegacyFolder
 from megatron_qwen.conversion.legacy_output import legacy_output
+from megatron_qwen.conversion.loading import open_source
 from megatron_qwen.conversion.megatron import HF_FOLDER, TRACKER_NAME, MegatronFolder
 from megatron_qwen.conversion.numerics import CheckedWeights
-from megatron_qwen.conversion.optimizer import WITHOUT_OPTIMIZER, OptimizerReader, OptimizerSource
+from megatron_qwen.conversion.optimizer import WITHOUT_OPTIMIZER, OptimizerReader, OptimizerSource, Role
 from megatron_qwen.conversion.optimizer_legacy import open_legacy_optimizer
 from megatron_qwen.conversion.optimizer_legacy_output import LegacyOptimizerOutput
 from megatron_qwen.conversion.optimizer_torch_dist import open_torch_dist_optimizer, read_common, torch_dist_optimizer
 from megatron_qwen.conversion.options import ConversionOptions
 from megatron_qwen.conversion.outputs import block_of, empty_extra_state, megatron_files, weight_chunks
-from megatron_qwen.conversion.parameters import extra_state_keys, is_homogeneous, stored_place
+from megatron_qwen.conversion.parameters import (
+    Parameter,
+    extra_state_keys,
+    is_homogeneous,
+    parameters,
+    stored_place,
+)
+from megatron_qwen.conversion.pieces import BLOCK_BYTES
 from megatron_qwen.conversion.plan import ConversionPlan, PlannedParameter
 from megatron_qwen.conversion.run_record import RunRecord, read_run_record
 from megatron_qwen.conversion.side_files import megatron_lm_args
 from megatron_qwen.conversion.torch_dist_output import torch_dist_output
-from megatron_qwen.errors import ConfigError
+from megatron_qwen.errors import ConfigError, CorruptInputError, Interrupted
 from megatron_qwen.parallel.layout import ParallelLayout
 
 if TYPE_CHECKING:
@@ -89,6 +102,61 @@ def open_optimizer(source: WeightSource) -> OptimizerSource | None:
     if isinstance(source, MegatronFolder):
         return open_torch_dist_optimizer(source.path, source.config)
     return None
+
+
+def verify_optimizer(
+    folder: Path,
+    source: WeightSource,
+    options: ConversionOptions,
+    *,
+    threads: int,
+    is_stopped: Callable[[], bool] = lambda: False,
+) -> None:
+    """Compare every master weight and moment of an output, bit for bit, with the source.
+
+    Args:
+        folder: the output, still in its staging folder.
+        source: what was resharded.
+        options: of the conversion.
+        threads: that read.
+        is_stopped: asked before each tensor.
+
+    Raises:
+        CorruptInputError: naming what differs.
+        Interrupted: `is_stopped` said so.
+    """
+    optimizer = open_optimizer(source) if options.optimizer else None
+    if optimizer is None:
+        return
+    output = open_source(folder, allow_pickle=True)  # our own files
+    written = open_optimizer(output)
+    assert written is not None, folder
+    wanted = OptimizerReader(optimizer, source, distributed=options.distributed_optimizer)
+    found = OptimizerReader(written, output)
+    work = [
+        partial(_compare, parameter, role, found, wanted, is_stopped)
+        for parameter in parameters(source.config)
+        for role in wanted.roles
+    ]
+    read_in_parallel(work, threads)
+
+
+def _compare(
+    parameter: Parameter, role: Role, found: OptimizerReader, wanted: OptimizerReader, is_stopped: Callable[[], bool]
+) -> None:
+    rows = parameter.shape[0]
+    step = max(1, BLOCK_BYTES * rows // (4 * math.prod(parameter.shape)))
+    for begin in range(0, rows, step):
+        if is_stopped():
+            raise Interrupted("interrupted")
+        end = min(begin + step, rows)
+        one, two = (each.rows(parameter, role, begin, end).contiguous() for each in (found, wanted))
+        if one.dtype != two.dtype or not torch.equal(one.view(torch.uint8), two.view(torch.uint8)):
+            raise CorruptInputError(
+                f"{role} of {parameter.megatron_name}: rows {begin} to {end} of the output are not those of the "
+                "source. The disk or the memory of this machine returned other bytes than it was given; the output is "
+                "deleted"
+            )
 
 
 def _legacy_files(
