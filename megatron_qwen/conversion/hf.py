@@ -19,7 +19,7 @@ from megatron_qwen.checkpoint.torch_bin import PICKLED
 from megatron_qwen.conversion.byte_ranges import read_values
 from megatron_qwen.conversion.parameters import WHOLE, Parameter, Shard
 from megatron_qwen.conversion.plan import ConversionPlan, plan_import
-from megatron_qwen.conversion.rows import gather_rows
+from megatron_qwen.conversion.rows import gather_rows, read_shard
 from megatron_qwen.conversion.transforms import TRANSFORMS, HeadSizes, pad_rows
 from megatron_qwen.errors import CorruptInputError, MismatchError
 from megatron_qwen.model.config import QwenConfig
@@ -109,9 +109,11 @@ class HfFolder:
             rows = (vocabulary_rows or parameter.shape[0]) // shard.size
             begin, end = (min(i * rows, parameter.shape[0]) for i in (shard.rank, shard.rank + 1))
             return pad_rows(self.hf_rows(parameter, 0, begin, end), rows)
-        axis = parameter.family.shard_axis
+        axis, kind = parameter.family.shard_axis, parameter.family.transform
+        if kind == "qkv" and self.config.num_key_value_heads % shard.size:
+            # More ranks than groups: Megatron cuts the rows of the merged tensor, through the groups.
+            return read_shard(self, parameter, shard)
         sources = [self._shard(name, axis, shard) for name in parameter.hf_names]
-        kind = parameter.family.transform
         sizes = head_sizes(self.config, shard if kind == "qkv" else WHOLE)
         return TRANSFORMS[kind].hf_to_megatron(sources, sizes)
 

@@ -34,9 +34,9 @@ from megatron_qwen.conversion.legacy_layout import RANK_FILE, RankFile, rank_fil
 from megatron_qwen.conversion.megatron import HF_FOLDER, find_step_folder
 from megatron_qwen.conversion.parameters import WHOLE, Parameter, Shard, is_homogeneous, stored_place
 from megatron_qwen.conversion.plan import StoredTensor
-from megatron_qwen.conversion.rows import MegatronRows
+from megatron_qwen.conversion.rows import MegatronRows, read_shard
 from megatron_qwen.conversion.side_files import config_from_args
-from megatron_qwen.conversion.transforms import TRANSFORMS, pad_rows, unpad_rows
+from megatron_qwen.conversion.transforms import TRANSFORMS, unpad_rows
 from megatron_qwen.errors import CorruptInputError, IncompleteInputError, MismatchError, UnsafeInputError
 from megatron_qwen.model.config import QwenConfig
 
@@ -189,25 +189,6 @@ def shard_runs(begin: int, end: int, num_rows: int, shards: int, pieces: int) ->
         count = min(end - begin, size - row)
         yield shard, piece * size + row, piece * size + row + count
         begin += count
-
-
-def read_shard(source: MegatronRows, parameter: Parameter, shard: Shard, vocabulary_rows: int | None = None) -> Tensor:
-    """Return one tensor-parallel shard made of a source's rows; see `WeightSource.read`."""
-    axis, num_rows = parameter.family.shard_axis, parameter.shape[0]
-    if axis is None or (shard.size == 1 and not vocabulary_rows):
-        return source.rows(parameter, 0, num_rows)
-    if axis == 1:
-        columns = parameter.shape[1] // shard.size
-        return source.rows(parameter, 0, num_rows)[:, shard.rank * columns : (shard.rank + 1) * columns]
-    if parameter.has_vocabulary_rows:
-        count = (vocabulary_rows or num_rows) // shard.size
-        begin, end = (min(i * count, num_rows) for i in (shard.rank, shard.rank + 1))
-        return pad_rows(source.rows(parameter, begin, end), count)
-    pieces = TRANSFORMS[parameter.family.transform].num_pieces
-    count = num_rows // (pieces * shard.size)
-    begins = [(piece * shard.size + shard.rank) * count for piece in range(pieces)]
-    parts = [source.rows(parameter, begin, begin + count) for begin in begins]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _places(contents: Mapping[str, RankContent], expected: Sequence[RankFile]) -> dict[Parameter, list[_Copies]]:

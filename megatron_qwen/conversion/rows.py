@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from megatron_qwen.conversion.plan import ConversionPlan, StoredTensor, plan_export
-from megatron_qwen.conversion.transforms import TRANSFORMS, HeadSizes
+from megatron_qwen.conversion.transforms import TRANSFORMS, HeadSizes, pad_rows
 
 if TYPE_CHECKING:
-    from megatron_qwen.conversion.parameters import Parameter
+    from megatron_qwen.conversion.interfaces import WeightSource
+    from megatron_qwen.conversion.parameters import Parameter, Shard
     from megatron_qwen.model.config import QwenConfig
 
 
@@ -122,3 +123,22 @@ class MegatronRows:
             return self.rows(parameter, low, high)
 
         return gather_hf_rows(parameter, self.config, index, begin, end, read)
+
+
+def read_shard(source: WeightSource, parameter: Parameter, shard: Shard, vocabulary_rows: int | None = None) -> Tensor:
+    """Return one tensor-parallel shard made of a source's rows; see `WeightSource.read`."""
+    axis, num_rows = parameter.family.shard_axis, parameter.shape[0]
+    if axis is None or (shard.size == 1 and not vocabulary_rows):
+        return source.rows(parameter, 0, num_rows)
+    if axis == 1:
+        columns = parameter.shape[1] // shard.size
+        return source.rows(parameter, 0, num_rows)[:, shard.rank * columns : (shard.rank + 1) * columns]
+    if parameter.has_vocabulary_rows:
+        count = (vocabulary_rows or num_rows) // shard.size
+        begin, end = (min(i * count, num_rows) for i in (shard.rank, shard.rank + 1))
+        return pad_rows(source.rows(parameter, begin, end), count)
+    pieces = TRANSFORMS[parameter.family.transform].num_pieces
+    count = num_rows // (pieces * shard.size)
+    begins = [(piece * shard.size + shard.rank) * count for piece in range(pieces)]
+    parts = [source.rows(parameter, begin, begin + count) for begin in begins]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
