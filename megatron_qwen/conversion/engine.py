@@ -114,7 +114,9 @@ def _reusable(files: Sequence[OutputFile], folder: Path, journal: Journal, threa
         and (folder / file.name).stat().st_size == file.num_bytes
     }
     found = hash_files(folder, known, threads=threads)
-    return {name: record for name, record in found.items() if record == known[name]}
+    journal.finished = {name: record for name, record in found.items() if record == known[name]}
+    journal.num_reused = len(journal.finished)
+    return dict(journal.finished)
 
 
 class _OpenFile:
@@ -135,6 +137,11 @@ class _OpenFile:
         spec.skeleton(self.descriptor)
         size = os.fstat(self.descriptor).st_size
         assert size == spec.num_bytes, (spec.name, size, spec.num_bytes)
+
+    def close(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
 
     def finish_piece(self, index: int) -> None:
         self._pending.discard(index)
@@ -202,10 +209,10 @@ class _Job:
             for worker in workers:
                 worker.join()
             for file in self._open:
-                os.close(file.descriptor)
+                file.close()
         if self._error is not None:
             raise self._error
-        if len(self._records) < total:
+        if len(self._records) < total or self._is_stopped():
             raise Interrupted("interrupted")
         return self._records
 
@@ -289,7 +296,7 @@ class _Job:
 
     def _complete(self, file: _OpenFile) -> None:
         os.fsync(file.descriptor)
-        os.close(file.descriptor)
+        file.close()
         record = FileRecord(file.spec.num_bytes, file.digest.hexdigest())
         failpoints.hit("convert.file")
         with self._changed:

@@ -228,7 +228,6 @@ class Conversion:
                 ) from None
 
     def _write(self, staging: Staging, is_stopped: Callable[[], bool]) -> ConversionReport:
-        known = len(staging.journal.finished)
         with progress_bar(
             self.direction, self.num_tensors, self._piece_bytes(), is_shown=self.options.progress
         ) as advance:
@@ -250,7 +249,7 @@ class Conversion:
             verify_seconds = time.monotonic() - began
         self.source.check_unchanged()
         finish(staging, self.target, self.manifest_name, overwrite=self.options.overwrite or self.target.is_dir())
-        return self._report(verify_seconds=verify_seconds, reused=known, notes=[])
+        return self._report(verify_seconds=verify_seconds, reused=staging.journal.num_reused, notes=[])
 
     def _piece_bytes(self) -> int:
         return sum(piece.num_bytes for file in self.files for piece in file.pieces)

@@ -53,6 +53,7 @@ class Journal:
         path: of `progress.json`.
         fingerprint: JSON values that decide every byte of the output.
         finished: files that were whole when they were entered.
+        num_reused: how many of them another run had finished, and their hashes still fit.
         manifest_sha256: of the finished manifest; empty before.
     """
 
@@ -60,6 +61,7 @@ class Journal:
         self.path = path
         self.fingerprint = fingerprint
         self.finished: dict[str, FileRecord] = {}
+        self.num_reused = 0
         self.manifest_sha256 = ""
 
     def add(self, name: str, record: FileRecord) -> None:
@@ -210,6 +212,7 @@ def _create(target: Path, fingerprint: Fingerprint) -> tuple[Staging, int]:
             (path / OUTPUT_NAME).mkdir()
             journal = Journal(path / JOURNAL_NAME, fingerprint)
             journal.save()
+            failpoints.hit("convert.planned")
     except BaseException:
         os.close(lock)
         discard(path)
