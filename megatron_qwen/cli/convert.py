@@ -55,6 +55,14 @@ _Etp = Annotated[
         rich_help_panel=_LAYOUT,
     ),
 ]
+_Impl = Annotated[
+    str,
+    typer.Option(
+        "--transformer-impl",
+        help="Names in per-rank files: local, or transformer_engine.",
+        rich_help_panel=_LAYOUT,
+    ),
+]
 _Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16; default: that of each tensor in the input.")
 ]
@@ -105,6 +113,7 @@ def import_command(
     vpp: _Vpp = None,
     ep: _Ep = None,
     etp: _Etp = None,
+    transformer_impl: _Impl = "local",
     dtype: _Dtype = None,
     dry_run: _DryRun = False,
     verify: _Verify = False,
@@ -124,6 +133,7 @@ def import_command(
         out,
         ckpt_format=ckpt_format,
         layout=_layout(tp=tp, pp=pp, pp_layout=pp_layout, vpp=vpp, ep=ep, etp=etp),
+        transformer_impl=transformer_impl,
         dtype=dtype,
         verify=verify,
         resume=resume,
@@ -186,6 +196,7 @@ def reshard_command(
     vpp: _Vpp = None,
     ep: _Ep = None,
     etp: _Etp = None,
+    transformer_impl: _Impl = "local",
     step: _Step = None,
     config: _Config = None,
     optimizer: Annotated[
@@ -219,6 +230,7 @@ def reshard_command(
         config=_read_config(config),
         ckpt_format=ckpt_format,
         layout=_layout(tp=tp, pp=pp, pp_layout=pp_layout, vpp=vpp, ep=ep, etp=etp),
+        transformer_impl=transformer_impl,
         optimizer=optimizer,
         distributed_optimizer=distributed_optimizer,
         dtype=dtype,

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from megatron_qwen.conversion.interfaces import OutputFile, bytes_file
 from megatron_qwen.model.config import QwenConfig
 from megatron_qwen.model.rope import yarn_fields
 from megatron_qwen.model.transformer_config import megatron_aux_loss_coefficient
@@ -20,6 +21,11 @@ from megatron_qwen.parallel.layout import ParallelLayout
 RUN_CONFIG_NAME = "run_config.yaml"
 _PROVIDER = "megatron.bridge.models.gpt_provider.GPTModelProvider"
 _HEADER = "# The model in this folder as Megatron-Bridge describes it.\n"
+
+
+def bridge_file(config: QwenConfig, layout: ParallelLayout | None = None, folder: str = "") -> OutputFile:
+    """Return `run_config.yaml`, in a step's folder of the output given with a trailing slash."""
+    return bytes_file(folder + RUN_CONFIG_NAME, run_config_yaml(config, layout).encode())
 
 
 def run_config_yaml(config: QwenConfig, layout: ParallelLayout | None = None) -> str:

@@ -15,7 +15,7 @@ tensor rank q % etp and expert rank (q // etp) % ep.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from megatron_qwen.conversion.names import EXTRA_STATE_MODULES, MEGATRON_LAYER
@@ -42,6 +42,7 @@ class Naming:
 
 LOCAL = Naming()
 TRANSFORMER_ENGINE = Naming(fused_norms=True, grouped_experts=True)
+NAMINGS: Mapping[str, Naming] = {"local": LOCAL, "transformer_engine": TRANSFORMER_ENGINE}
 
 
 @dataclass(frozen=True, kw_only=True)

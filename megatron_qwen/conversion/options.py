@@ -19,6 +19,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "float16": torch.float16,
 }
 FORMATS = ("torch_dist", "torch")
+IMPLEMENTATIONS = ("local", "transformer_engine")
 DEFAULT_SHARD_BYTES = 50 * 10**9  # save_pretrained's
 
 
@@ -39,6 +40,8 @@ class ConversionOptions:
         max_shard_bytes: largest number of tensor bytes in one Hugging Face file.
         ckpt_format: of a Megatron target: "torch_dist", or "torch" for per-rank files.
         layout: of per-rank files.
+        transformer_impl: of the model that loads per-rank files, which decides the names in them: "local" or
+            "transformer_engine". A torch_dist checkpoint loads in both.
         optimizer: carry the optimizer state from one Megatron checkpoint to the other, where there is one.
         distributed_optimizer: write it as the distributed optimizer's; None keeps the kind of the source.
 
@@ -58,6 +61,7 @@ class ConversionOptions:
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     ckpt_format: Literal["torch_dist", "torch"] = "torch_dist"
     layout: ParallelLayout | None = None
+    transformer_impl: Literal["local", "transformer_engine"] = "local"
     optimizer: bool = True
     distributed_optimizer: bool | None = None
 
@@ -66,6 +70,10 @@ class ConversionOptions:
             raise ConfigError(f"dtype: got {self.dtype!r}, expected one of {', '.join(DTYPES)}")
         if self.ckpt_format not in FORMATS:
             raise ConfigError(f"ckpt_format: got {self.ckpt_format!r}, expected one of {', '.join(FORMATS)}")
+        if self.transformer_impl not in IMPLEMENTATIONS:
+            raise ConfigError(
+                f"transformer_impl: got {self.transformer_impl!r}, expected one of {', '.join(IMPLEMENTATIONS)}"
+            )
         if self.layout is not None and self.ckpt_format != "torch":
             raise ConfigError("a torch_dist checkpoint has no layout: it loads at any; leave out the sizes")
         for name in ("threads", "max_memory", "max_shard_bytes"):

@@ -8,9 +8,11 @@ from functools import partial
 
 import torch
 
+from megatron_qwen.conversion.bridge_config import bridge_file
 from megatron_qwen.conversion.engine import default_threads
 from megatron_qwen.conversion.hf_output import companion_files, config_file, hf_output
 from megatron_qwen.conversion.interfaces import OutputFile, WeightSource, bytes_file
+from megatron_qwen.conversion.legacy_layout import NAMINGS
 from megatron_qwen.conversion.legacy_output import legacy_output
 from megatron_qwen.conversion.megatron import HF_FOLDER, RELEASE, TRACKER_NAME
 from megatron_qwen.conversion.numerics import CheckedWeights
@@ -54,12 +56,14 @@ def megatron_files(
     Raises:
         ConfigError: the layout does not fit the model.
     """
+    layout = options.layout or ParallelLayout()
     if options.ckpt_format == "torch":
         files = legacy_output(
             plan,
-            options.layout or ParallelLayout(),
+            layout,
             lambda item, begin, end: weights.rows(item.parameter, begin, end),
             folder=f"{RELEASE}/",
+            naming=NAMINGS[options.transformer_impl],
             block=block_of(options),
         )
     else:
@@ -72,6 +76,7 @@ def megatron_files(
         )
     return [
         *files,
+        bridge_file(plan.config, layout, f"{RELEASE}/"),
         config_file(plan.config, f"{HF_FOLDER}/"),
         *companion_files(source.side_folders(), f"{HF_FOLDER}/"),
         bytes_file(TRACKER_NAME, RELEASE.encode()),

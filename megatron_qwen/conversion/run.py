@@ -31,7 +31,7 @@ from megatron_qwen.conversion.parameters import tied_output
 from megatron_qwen.conversion.plan import ConversionPlan
 from megatron_qwen.conversion.progress import progress_bar
 from megatron_qwen.conversion.report import ConversionReport, DryRun, FileSize, expected_seconds
-from megatron_qwen.conversion.reshard import reshard_files, verify_optimizer
+from megatron_qwen.conversion.resharding import reshard_files, verify_optimizer
 from megatron_qwen.conversion.staging import Staging, finish, is_finished, staged
 from megatron_qwen.conversion.target import check_disk, check_target, existing_parent, fingerprint_of
 from megatron_qwen.conversion.verification import verify_output

@@ -41,6 +41,7 @@ def fingerprint_of(
             "allow_nonfinite": options.allow_nonfinite,
             "ckpt_format": options.ckpt_format,
             "layout": repr(options.layout),
+            "transformer_impl": options.transformer_impl,
             "optimizer": options.optimizer,
         },
         "files": {file.name: file.num_bytes for file in files},

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from megatron_qwen.checkpoint.pickles import check_pickles, read_metadata
+from megatron_qwen.conversion.bridge_config import bridge_file
 from megatron_qwen.conversion.engine import read_in_parallel
 from megatron_qwen.conversion.hf_output import companion_files, config_file
 from megatron_qwen.conversion.interfaces import OutputFile, WeightSource, bytes_file
 from megatron_qwen.conversion.legacy import LegacyFolder
+from megatron_qwen.conversion.legacy_layout import NAMINGS
 from megatron_qwen.conversion.legacy_output import legacy_output
 from megatron_qwen.conversion.loading import open_source
 from megatron_qwen.conversion.megatron import HF_FOLDER, TRACKER_NAME, MegatronFolder
@@ -83,8 +85,10 @@ def reshard_files(
         files = _legacy_files(plan, weights, reader, record, folder, options)
     else:
         files = _torch_dist_files(source, plan, weights, reader, record, folder, options)
+    layout = source.layout if isinstance(source, LegacyFolder) else None
     return [
         *files,
+        bridge_file(plan.config, options.layout or layout, folder),
         config_file(plan.config, f"{HF_FOLDER}/"),
         *companion_files(source.side_folders(), f"{HF_FOLDER}/"),
         bytes_file(TRACKER_NAME, str(optimizer.state.iteration).encode()),
@@ -168,6 +172,7 @@ def _legacy_files(
     options: ConversionOptions,
 ) -> list[OutputFile]:
     layout, block = options.layout or ParallelLayout(), block_of(options)
+    naming = NAMINGS[options.transformer_impl]
     logger.warning(
         "%s: random states are not carried into per-rank files: a resume seeds anew (Megatron-LM: give --no-load-rng)",
         reader.source.path,
@@ -179,8 +184,9 @@ def _legacy_files(
             lambda item, begin, end: weights.rows(item.parameter, begin, end),
             folder=folder,
             iteration=record.step,
-            arguments=_run_arguments(plan, reader, record, layout, "torch"),
-            optimizer=LegacyOptimizerOutput(reader, plan, layout, block=block),
+            naming=naming,
+            arguments=_run_arguments(plan, reader, record, layout, "torch", options.transformer_impl),
+            optimizer=LegacyOptimizerOutput(reader, plan, layout, naming=naming, block=block),
             block=block,
         ),
         *record.files(folder, layout, carries_random_states=False),
@@ -206,7 +212,7 @@ def _torch_dist_files(
         logger.warning("%s: random states of per-rank files are not carried over: a resume seeds anew", source.path)
     chunks, common = torch_dist_optimizer(reader, plan.parameters, is_chained=reader.source.state.is_chained)
     common |= {
-        "args": _run_arguments(plan, reader, record, layout or ParallelLayout(), "torch_dist"),
+        "args": _run_arguments(plan, reader, record, layout or ParallelLayout(), "torch_dist", "local"),
         "checkpoint_version": 3.0,
         "iteration": record.step,
     }
@@ -242,9 +248,14 @@ def _arguments(source: WeightSource) -> object:
 
 
 def _run_arguments(
-    plan: ConversionPlan, reader: OptimizerReader, record: RunRecord, layout: ParallelLayout, ckpt_format: str
+    plan: ConversionPlan,
+    reader: OptimizerReader,
+    record: RunRecord,
+    layout: ParallelLayout,
+    ckpt_format: str,
+    transformer_impl: str,
 ) -> argparse.Namespace:
-    arguments = megatron_lm_args(plan.config, layout, ckpt_format=ckpt_format, transformer_impl="local")
+    arguments = megatron_lm_args(plan.config, layout, ckpt_format=ckpt_format, transformer_impl=transformer_impl)
     run = {
         **record.arguments,
         "iteration": record.step,
