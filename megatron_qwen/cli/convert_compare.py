@@ -135,10 +135,12 @@ def _print_files(report: ManifestReport) -> None:
 
     console = Console()
     size = f"{report.files:,} files, {report.num_bytes / 1e6:,.1f} MB"
-    for name in report.uncovered:
-        console.print(f"note: no manifest covers {name}", markup=False, soft_wrap=True)
+    for folder in dict.fromkeys(str(Path(name).parent) for name in report.uncovered):
+        names = [Path(name).name for name in report.uncovered if str(Path(name).parent) == folder]
+        console.print(f"note: {folder}: no manifest covers {', '.join(names)}", markup=False, soft_wrap=True)
     if report.is_equal:
-        console.print(f"manifest: every file is as {', '.join(report.manifests)} says: {size}", markup=False)
+        text = f"manifest: every file is as {', '.join(report.manifests)} says: {size}"
+        console.print(text, markup=False, soft_wrap=True)
         return
     console.print(f"{len(report.differences):,} files differ ({size} hashed)", markup=False)
     for item in report.differences:

@@ -70,26 +70,33 @@ def compare_manifests(*folders: str | Path, threads: int = 4, progress: Progress
         IncompleteInputError: no folder has a manifest, or one does not exist.
         CorruptInputError: a manifest is damaged.
     """
-    places = [place for folder in folders for place in _places(Path(folder))]
-    manifests = {place: read_manifest(place) for place in places if (place / MANIFEST_NAME).is_file()}
-    if not manifests:
+    roots = [Path(folder) for folder in folders]
+    relative = sorted({place for root in roots for place in _places(root)})
+    if not relative:
         raise IncompleteInputError(
             f"{', '.join(map(str, folders))}: no {MANIFEST_NAME}, so there is nothing to compare with. Folders written "
             "by megatron-qwen have one; compare the weights themselves with --weights"
         )
+    places = list(dict.fromkeys(root / each for root in roots for each in relative if (root / each).is_dir()))
+    manifests = {place: read_manifest(place) for place in places if (place / MANIFEST_NAME).is_file()}
     names = {place: list_files(place) for place in places}
-    num_bytes = sum((place / name).stat().st_size for place in places for name in names[place])
-    with progress("files", sum(map(len, names.values())), num_bytes) as advance:
-        found = {place: _hash(place, names[place], threads, advance) for place in places}
+    pairs = [
+        (root / each, other / each)
+        for each in relative
+        for root in roots
+        for other in roots
+        if other / each in manifests and root / each in names
+        if root == other or _are_copies(names[root / each], manifests[other / each])
+    ]
+    compared = {place for place, _ in pairs}
+    num_bytes = sum((place / name).stat().st_size for place in compared for name in names[place])
+    with progress("files", sum(len(names[place]) for place in compared), num_bytes) as advance:
+        found = {place: _hash(place, names[place], threads, advance) for place in places if place in compared}
     differences: dict[tuple[Path, str, str], FileDifference] = {}
-    compared: set[Path] = set()
-    for place, files in found.items():
-        for origin, records in manifests.items():
-            if place == origin or _are_copies(files, records):
-                compared.add(place)
-                for item in _compare(place, files, origin, records):
-                    differences.setdefault((place, item.name, item.kind), item)
-    loose = [str(path) for folder in folders for path in _loose_files(Path(folder), compared)]
+    for place, origin in pairs:
+        for item in _compare(place, found[place], origin, manifests[origin]):
+            differences.setdefault((place, item.name, item.kind), item)
+    loose = [str(path) for root in dict.fromkeys(roots) for path in _loose_files(root, compared)]
     hashed = [record for files in found.values() for record in files.values()]
     return ManifestReport(
         manifests=tuple(str(place / MANIFEST_NAME) for place in manifests),
@@ -101,12 +108,12 @@ def compare_manifests(*folders: str | Path, threads: int = 4, progress: Progress
 
 
 def _places(folder: Path) -> list[Path]:
-    """Return the folders that a manifest describes, or would."""
+    """Return where manifests lie: in the folder itself or, relative to it, in each step's."""
     if not folder.is_dir():
         raise IncompleteInputError(f"{folder}: no such folder")
     if (folder / MANIFEST_NAME).is_file():
-        return [folder]
-    return sorted(child.parent for child in folder.glob(f"*/{MANIFEST_NAME}")) or [folder]
+        return [Path()]
+    return [manifest.parent.relative_to(folder) for manifest in folder.glob(f"*/{MANIFEST_NAME}")]
 
 
 def _hash(place: Path, names: list[str], threads: int, advance: Advance) -> dict[str, FileRecord]:
@@ -118,8 +125,8 @@ def _hash(place: Path, names: list[str], threads: int, advance: Advance) -> dict
     return records
 
 
-def _are_copies(a: Mapping[str, FileRecord], b: Mapping[str, FileRecord]) -> bool:
-    return any(name.endswith(_WEIGHT_SUFFIXES) for name in a.keys() & b.keys())
+def _are_copies(names: list[str], records: Mapping[str, FileRecord]) -> bool:
+    return any(name.endswith(_WEIGHT_SUFFIXES) for name in records.keys() & names)
 
 
 def _compare(

@@ -166,6 +166,14 @@ def test_manifests_of_every_step_are_found_and_loose_files_named(tmp_path):
     report = compare_manifests(hf, tmp_path / "mg")
     assert report.is_equal
     assert str(hf / "model.safetensors") in report.uncovered
+    steps = shutil.copytree(tmp_path / "mg", tmp_path / "run")
+    other = write_tiny_hf(tmp_path / "other", tiny_dense(layers=1), seed=1)
+    conversion.import_hf(other, tmp_path / "next", progress=False)
+    (tmp_path / "next" / "release").rename(steps / "iter_0000007")
+    assert compare_manifests(steps).is_equal, "two steps of a run are not copies of each other"
+    assert not compare_manifests(steps, tmp_path / "next").differences
+    (steps / "release" / "manifest.json").unlink()
+    assert compare_manifests(steps, tmp_path / "mg").is_equal
     data = next((tmp_path / "mg" / "release").glob("*.distcp"))
     data.write_bytes(data.read_bytes()[:-1])
     (difference,) = compare_manifests(tmp_path / "mg").differences
