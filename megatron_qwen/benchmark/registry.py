@@ -59,6 +59,18 @@ CASES = (
         # Losses of the same weights on the same tokens; they drift apart as training amplifies rounding.
         tolerance={"fp32": 1e-4, "bf16": 2e-2},
     ),
+    # What they do differs by arguments, and they agree bit for bit: see `cases/convert.py`.
+    Case(
+        name="convert",
+        unit="bytes",
+        contestants=(
+            Contestant(name="megatron_qwen", factory=f"{_CASES}.convert_contestants:Convert"),
+            Contestant(name="dry-run", factory=f"{_CASES}.convert_contestants:DryRun"),
+            Contestant(name="transformers", factory=f"{_CASES}.convert_contestants:TransformersSave"),
+            Contestant(name="copy", factory=f"{_CASES}.convert_contestants:Copy", is_ceiling=True),
+        ),
+        tolerance={},
+    ),
 )
 
 

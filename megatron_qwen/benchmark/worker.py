@@ -57,12 +57,17 @@ class Worker:
         arguments: JSON values.
         threads: OMP_NUM_THREADS and torch's thread count; None leaves both alone.
 
+    Attributes:
+        start_seconds: until the contestant was built: interpreter, imports, whatever its factory does.
+        start_bytes: resident set of the child then.
+
     Raises:
         RankFailure: the child died; the message ends with its output.
     """
 
     def __init__(self, name: str, factory: str, arguments: Mapping[str, Any], *, threads: int | None = None) -> None:
         self.name = name
+        began = time.perf_counter()
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 closed by close()
         environment = dict(os.environ) | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
         self._process = subprocess.Popen(
@@ -77,6 +82,8 @@ class Worker:
         self.amount: float = facts["amount"]
         self.flops: float = facts["flops"]
         self.versions: dict[str, str] = facts["versions"]
+        self.start_bytes: int = facts["bytes"]
+        self.start_seconds = time.perf_counter() - began
 
     def step(self) -> Step:
         """Have the contestant do its work once."""
@@ -140,6 +147,14 @@ def _versions() -> dict[str, str]:
     return {"python": sys.version.split()[0], **found}
 
 
+def _resident_bytes() -> int:
+    # Linux; elsewhere the peak, which is never less.
+    status = Path("/proc/self/statm")
+    if status.exists():
+        return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return _peak_bytes()
+
+
 def _peak_bytes() -> int:
     # getrusage's figure survives fork and exec on Linux: it would start at the parent's size.
     status = Path("/proc/self/status")
@@ -159,7 +174,7 @@ def _serve(requests: IO[str], answers: IO[str]) -> None:
 
         torch.set_num_threads(order["threads"])
     runner: Runner = _load(order["factory"])(**order["arguments"])
-    answer({"amount": runner.amount, "flops": runner.flops, "versions": _versions()})
+    answer({"amount": runner.amount, "flops": runner.flops, "versions": _versions(), "bytes": _resident_bytes()})
     for line in requests:
         if json.loads(line) == "peak":
             answer({"bytes": _peak_bytes()})

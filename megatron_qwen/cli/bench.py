@@ -13,6 +13,8 @@ import typer
 from megatron_qwen.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from megatron_qwen.benchmark.report import Report
 
 DTYPES = ("fp32", "bf16")
@@ -26,6 +28,7 @@ def register(app: typer.Typer) -> None:
     )
     bench.command("train")(train)
     bench.command("data")(data)
+    bench.command("convert")(convert)
     app.add_typer(bench, name="bench")
 
 
@@ -95,6 +98,60 @@ def data(
     _show(measure_data(sources, tokenizer, workers=workers, repeats=steps), out, json_output)
 
 
+def convert(
+    hf_dir: Annotated[Path | None, typer.Argument(help="Hugging Face folder to convert.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Generate a folder of this shape: tiny, small, ... or a preset.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers of the generated model. [default: all]")] = None,
+    rounds: Annotated[int, typer.Option(help="Conversions by each contestant.")] = 3,
+    threads: Annotated[int | None, typer.Option(help="Writer threads of ours. [default: as convert's]")] = None,
+    legacy: Annotated[bool, typer.Option("--legacy", help="Per-rank files at TP 2 x PP 2, too.")] = False,
+    large: Annotated[
+        bool, typer.Option("--large", help="A generated checkpoint of the 3B shape, too: 19 GB of disk.")
+    ] = False,
+    dry_run_model: Annotated[
+        str, typer.Option(help="Shape of the sparse checkpoint that is planned with --dry-run.")
+    ] = "qwen2.5-14b",
+    scratch: Annotated[Path | None, typer.Option(help="Where to convert. [default: for temporary files]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for convert.json, convert.csv (appended) and convert.png.")
+    ] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Time convert import and export against copying with SHA-256 (the ceiling) and transformers load + save."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from megatron_qwen.benchmark.cases.convert import ConvertBench
+    from megatron_qwen.benchmark.cases.convert_report import tables, write_conversion_report
+
+    bench = ConvertBench(
+        source=hf_dir,
+        model=model,
+        layers=layers,
+        rounds=rounds,
+        threads=threads,
+        legacy=legacy,
+        large=large,
+        dry_run_model=dry_run_model,
+        scratch=scratch,
+    )
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("bench convert", total=bench.num_steps())
+        report = bench.run(lambda what: progress.update(task, advance=1, description=what))
+    if json_output:
+        sys.stdout.write(report.as_json() + "\n")
+    else:
+        console = _console()
+        for each in tables(report):
+            console.print(each)
+    for note in report.notes:
+        Console(stderr=True).print(note, highlight=False)
+    if out is not None:
+        _say_written(write_conversion_report(report, out))
+
+
 def _measure(
     name: str,
     arguments: Mapping[str, Any],
@@ -125,16 +182,25 @@ def _measure(
 
 
 def _show(report: Report, out: Path | None, as_json: bool) -> None:
-    from rich.console import Console
-
     from megatron_qwen.benchmark.report import table, write_report
 
     if as_json:
         sys.stdout.write(report.as_json() + "\n")
     else:
-        console = Console()
-        console.width = max(console.width, TABLE_WIDTH)
-        console.print(table(report))
+        _console().print(table(report))
     if out is not None:
-        files = write_report(report, out)
-        Console(stderr=True).print("wrote " + ", ".join(str(file) for file in files), highlight=False)
+        _say_written(write_report(report, out))
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    console = Console()
+    console.width = max(console.width, TABLE_WIDTH)
+    return console
+
+
+def _say_written(files: Sequence[Path]) -> None:
+    from rich.console import Console
+
+    Console(stderr=True).print("wrote " + ", ".join(str(file) for file in files), highlight=False)
