@@ -48,6 +48,12 @@ def upcycle_command(
     reinit_shared: Annotated[
         bool, typer.Option("--reinit-shared", help="Also in the shared expert.", rich_help_panel=_RECIPE)
     ] = False,
+    expert_scale: Annotated[
+        float, typer.Option(help="Multiplies what the experts return.", rich_help_panel=_RECIPE)
+    ] = 1.0,
+    shared_scale: Annotated[
+        float, typer.Option(help="Multiplies what the shared expert returns.", rich_help_panel=_RECIPE)
+    ] = 1.0,
     router_std: Annotated[
         float | None,
         typer.Option(help="Deviation of router and gate; default: initializer_range.", rich_help_panel=_RECIPE),
@@ -91,6 +97,8 @@ def upcycle_command(
         reinit_std=reinit_std,
         reinit_unit=reinit_unit,
         reinit_shared=reinit_shared,
+        expert_scale=expert_scale,
+        shared_scale=shared_scale,
         router_std=router_std,
         norm_topk_prob=norm_topk_prob,
         router_aux_loss_coef=router_aux_loss_coef,
@@ -149,6 +157,8 @@ def _figures(dense: QwenConfig, recipe: UpcyclingRecipe) -> dict[str, Any]:
         "drawn_anew": recipe.reinit,
         "drawn_anew_unit": recipe.reinit_unit,
         "drawn_anew_std": dense.initializer_range if recipe.reinit_std is None else recipe.reinit_std,
+        "expert_scale": recipe.expert_scale,
+        "shared_scale": recipe.shared_scale,
         "router_std": dense.initializer_range if recipe.router_std is None else recipe.router_std,
         "seed": recipe.seed,
     }

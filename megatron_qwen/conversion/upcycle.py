@@ -57,6 +57,9 @@ class UpcyclingRecipe:
         reinit_unit: what is drawn anew: single values ("parameter"), or whole neurons ("neuron"): their rows of gate
             and up and their column of down, as in Drop-Upcycling (arXiv 2502.19261).
         reinit_shared: treat the shared expert like the others.
+        expert_scale, shared_scale: multiply what the experts, and the shared expert, return (their down matrices).
+            The recipe has 1. With a fresh gate the shared expert counts one half: a shared_scale of 2 at the dense
+            model's width makes the MoE model begin as the dense one, but for what the experts add.
         router_std: of router and shared-expert gate; None takes the model's initializer_range.
         norm_topk_prob: renormalise the chosen experts' probabilities.
         router_aux_loss_coef: of transformers' load-balancing loss.
@@ -72,6 +75,8 @@ class UpcyclingRecipe:
     reinit_std: float | None = None
     reinit_unit: Literal["parameter", "neuron"] = "parameter"
     reinit_shared: bool = False
+    expert_scale: float = 1.0
+    shared_scale: float = 1.0
     router_std: float | None = None
     norm_topk_prob: bool = False
     router_aux_loss_coef: float = 0.001
@@ -88,7 +93,7 @@ class UpcyclingRecipe:
             problems.append(f"topk: got {self.topk}, expected at most num_experts, {self.num_experts}")
         if not 0.0 <= self.reinit <= 1.0:
             problems.append(f"reinit: got {self.reinit}, expected 0 to 1")
-        for name in ("reinit_std", "router_std", "router_aux_loss_coef"):
+        for name in ("reinit_std", "router_std", "router_aux_loss_coef", "expert_scale", "shared_scale"):
             value = getattr(self, name)
             if value is not None and not 0.0 <= value < math.inf:
                 problems.append(f"{name}: got {value}, expected a number of at least 0")
@@ -272,23 +277,29 @@ class UpcycledModel:
     def _mlp_rows(self, name: str, begin: int, end: int) -> Tensor:
         """Return rows of a matrix of an expert or of the shared expert."""
         prefix, matrix, _ = name.rsplit(".", 2)
-        is_down = matrix == "down_proj"
+        is_down, is_shared = matrix == "down_proj", prefix.endswith("shared_expert")
         neurons = self._neurons(prefix)
         dense = self._dense_tensor(_origin(name))
         rows = dense[begin:end].index_select(1, neurons) if is_down else dense.index_select(0, neurons[begin:end])
-        if self.recipe.reinit == 0.0 or (prefix.endswith("shared_expert") and not self.recipe.reinit_shared):
-            return rows
+        if self.recipe.reinit > 0.0 and (self.recipe.reinit_shared or not is_shared):
+            rows = self._drawn_anew(rows, name, begin, len(neurons))
+        scale = self.recipe.shared_scale if is_shared else self.recipe.expert_scale
+        return (rows.float() * scale).to(dense.dtype) if is_down and scale != 1.0 else rows
+
+    def _drawn_anew(self, rows: Tensor, name: str, begin: int, width: int) -> Tensor:
+        """Return rows, the first of which is number `begin` of their matrix, with a random share replaced."""
+        prefix, matrix, _ = name.rsplit(".", 2)
         values = rows.float().numpy()
         std = self._std(self.recipe.reinit_std)
-        chosen = self._chosen_neurons(prefix, len(neurons)) if self.recipe.reinit_unit == "neuron" else None
-        for row, number in enumerate(range(begin, end)):
+        chosen = self._chosen_neurons(prefix, width) if self.recipe.reinit_unit == "neuron" else None
+        for number, row in enumerate(values, begin):
             generator = _generator(self.recipe.seed, name, number)
             if chosen is None:
-                mask = np.less(generator.random(values.shape[1], dtype=np.float32), np.float32(self.recipe.reinit))
+                mask = np.less(generator.random(len(row), dtype=np.float32), np.float32(self.recipe.reinit))
             else:
-                mask = chosen if is_down else chosen[number : number + 1]
-            np.copyto(values[row], _normal(generator, values.shape[1], std), where=mask)
-        return torch.from_numpy(values).to(dense.dtype)
+                mask = chosen if matrix == "down_proj" else chosen[number : number + 1]
+            np.copyto(row, _normal(generator, len(row), std), where=mask)
+        return torch.from_numpy(values).to(rows.dtype)
 
     def _neurons(self, prefix: str) -> Tensor:
         """Return which neurons of the dense MLP make up an expert, or the shared expert: a cut of shuffled copies."""

@@ -189,6 +189,19 @@ def test_with_all_experts_active_and_nothing_drawn_anew_it_is_the_dense_function
     assert float((theirs - logits).abs().max()) < limit
 
 
+def test_scales_let_it_begin_as_the_dense_model(tmp_path, dense):
+    """A shared expert at twice the dense MLP counts one half; experts scaled to nothing add nothing: equal bits."""
+    chosen = recipe(reinit=0.0, shared_width=24, shared_scale=2.0, expert_scale=0.0, router_std=0.0)
+    after = upcycle(dense, tmp_path / "moe", chosen)
+    plain = upcycle(dense, tmp_path / "plain", recipe(reinit=0.0, shared_width=24, router_std=0.0))
+    for name in after:
+        factor = {"experts": 0.0, "shared_expert": 2.0}.get(name.split(".")[4], 1.0) if "down" in name else 1.0
+        assert torch.equal(after[name], plain[name] * factor), name
+    ids = torch.randint(0, 131, (1, 40), generator=torch.Generator().manual_seed(1))
+    logits, ours = (logits_of(conversion.load_model(each, torch.float32), ids) for each in (dense, tmp_path / "moe"))
+    assert float((ours - logits).abs().max()) < 1e-5 * float(logits.max() - logits.min())
+
+
 def logits_of(model, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return model.eval()(ids, torch.arange(ids.shape[1]).expand_as(ids), None).float()
