@@ -33,9 +33,10 @@ def fit_to_optimizers(loaded: State, optimizer: Any) -> dict[Any, Any]:
 
 def _for_experts(state: State) -> dict[Any, Any]:
     """Return the state with its parameter groups marked as the expert optimizer's, which finds them by that mark."""
-    inner = state["optimizer"]
+    inner = state.get("optimizer", state)  # a plain float32 optimizer's state is not wrapped
     groups = [{**group, "is_expert_parallel": True} for group in inner["param_groups"]]
-    return {**state, "optimizer": {**inner, "param_groups": groups}}
+    marked = {**inner, "param_groups": groups}
+    return {**state, "optimizer": marked} if "optimizer" in state else marked
 
 
 def _merge(base: State, over: State) -> dict[Any, Any]:
@@ -43,4 +44,9 @@ def _merge(base: State, over: State) -> dict[Any, Any]:
     for key in base.keys() & over.keys():
         if isinstance(base[key], Mapping) and isinstance(over[key], Mapping):
             merged[key] = _merge(base[key], over[key])
+    if "param_groups" in base and "param_groups" in over:
+        # `over` numbers the present optimizer's parameters, group by group in the order of `base`; experts lack biases.
+        merged["param_groups"] = [
+            {**known, **numbers} for known, numbers in zip(base["param_groups"], over["param_groups"], strict=False)
+        ]
     return merged
