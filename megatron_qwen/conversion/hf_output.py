@@ -45,7 +45,7 @@ def hf_output(tensors: Sequence[TensorRows], limit: int, *, block: int = BLOCK_B
     Args:
         tensors: in the model's order (`parameters.hf_file_order`).
         limit: largest number of tensor bytes in one file.
-        block: bytes of a piece.
+        block: bytes that a piece may hold at once.
     """
     by_name = {tensor.label: tensor for tensor in tensors}
     shards = _fill_shards([(tensor.label, tensor.num_bytes) for tensor in tensors], limit)

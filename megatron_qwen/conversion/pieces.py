@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-# Large enough for the disk and for torch, small enough to stay in the processor's cache from reading to writing.
-BLOCK_BYTES = 4 * 2**20
+# What a slice may hold at once: 4 MiB read and as much again for parts of it. Large enough for the disk and for torch,
+# small enough to stay in the processor's cache from reading to writing.
+BLOCK_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,19 +55,19 @@ class TensorRows:
 
 
 def block_bytes(max_memory: int | None, threads: int) -> int:
-    """Return how many bytes a slice may have so that all threads work within `max_memory` bytes."""
-    return BLOCK_BYTES if max_memory is None else max(1, min(BLOCK_BYTES, max_memory // (8 * threads)))
+    """Return how many bytes a slice may hold at once so that all threads work within `max_memory` bytes."""
+    return BLOCK_BYTES if max_memory is None else max(1, min(BLOCK_BYTES, max_memory // threads))
 
 
 def row_pieces(tensor: TensorRows, offset: int, block: int) -> Iterator[Piece]:
-    """Yield the pieces that write `tensor` at `offset` of a file, in order, of about `block` bytes each."""
+    """Yield the pieces that write `tensor` at `offset` of a file in order; each holds at most `block` bytes or a row."""
     if tensor.num_bytes == 0:
         return
     row_bytes = tensor.row_elements * tensor.dtype.itemsize
-    step = max(1, block // row_bytes)
     # Read, gathered from parts, cast; a cast is compared in fp32 with what it was.
     is_cast = tensor.source_dtype != tensor.dtype
     peak = tensor.row_elements * (2 * tensor.source_dtype.itemsize + (tensor.dtype.itemsize + 12 if is_cast else 0))
+    step = max(1, block // peak)
     for begin in range(0, tensor.num_rows, step):
         end = min(begin + step, tensor.num_rows)
         span = (offset + begin * row_bytes, offset + end * row_bytes)

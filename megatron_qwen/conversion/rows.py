@@ -7,7 +7,7 @@ each row goes; neighbours form runs. So a slice of either side is read from a fe
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,7 +70,7 @@ def gather_rows(
         if low < high:
             shift = run.hf_row - run.row
             parts.append((run.index, low + shift, high + shift))
-    return _join(read(*part) for part in parts)
+    return _join([read(*part) for part in parts or [(0, 0, 0)]])
 
 
 def gather_hf_rows(
@@ -83,11 +83,10 @@ def gather_hf_rows(
         if run.index == index and low < high:
             shift = run.row - run.hf_row
             parts.append((low + shift, high + shift))
-    return _join(read(*part) for part in parts)
+    return _join([read(*part) for part in parts or [(0, 0)]])
 
 
-def _join(parts: Iterator[Tensor]) -> Tensor:
-    tensors = list(parts)
+def _join(tensors: list[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 

@@ -70,7 +70,7 @@ def torch_dist_output(
         objects: what `torch.save` made of each object that is no tensor, by key.
         common: what is not sharded; plain data.
         folder: of the step, with a trailing slash.
-        block: bytes of a piece.
+        block: bytes that a piece may hold at once.
     """
     groups = _distribute(chunks)
     storage: dict[tuple[str, tuple[int, ...] | None], tuple[str, int, int]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -52,7 +53,8 @@ def _compare(
 ) -> None:
     parameter = item.parameter
     rows = parameter.hf_shapes[index][0]
-    step = max(1, BLOCK_BYTES * len(parameter.hf_names) // max(1, item.target_bytes // rows))
+    row_bytes = math.prod(parameter.hf_shapes[index][1:]) * max(item.source_dtype.itemsize, item.target_dtype.itemsize)
+    step = max(1, BLOCK_BYTES // (4 * row_bytes))
     for begin in range(0, rows, step):
         if is_stopped():
             raise Interrupted("interrupted")
