@@ -59,7 +59,7 @@ def legacy_output(
         naming: of the local spec or of Transformer Engine's.
         arguments: Megatron-LM's, as `args`; made from plan and layout if None.
         optimizer: whose state goes into the same files; None writes weights alone.
-        block: bytes of a piece.
+        block: bytes that a piece may hold at once.
 
     Raises:
         ConfigError: the layout does not fit the model, or per-rank files cannot hold it.
