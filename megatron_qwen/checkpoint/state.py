@@ -24,7 +24,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +39,6 @@ from megatron_qwen.parallel.layout import ParallelLayout
 
 logger = logging.getLogger(__name__)
 
-OptimizerFormat = Literal["fully_reshardable", "dp_reshardable"]
 _PACKAGES = ("megatron-qwen", "megatron-core", "torch", "numpy")
 
 
@@ -131,7 +130,7 @@ def save(
     scheduler: Any,
     *,
     files: Mapping[str, bytes | str] | None = None,
-    optimizer_format: OptimizerFormat = "fully_reshardable",
+    optimizer_format: str = "fully_reshardable",
 ) -> Path:
     """Save everything a bit-exact resume needs as step `step`. Collective; returns the step's folder.
 
@@ -220,7 +219,7 @@ def resume(
 
 
 def _sharded_state(
-    chunks: Sequence[Any], optimizer: Any, scheduler: Any, *, is_loading: bool, optimizer_format: OptimizerFormat
+    chunks: Sequence[Any], optimizer: Any, scheduler: Any, *, is_loading: bool, optimizer_format: str
 ) -> dict[str, Any]:
     from megatron.core import parallel_state
 

@@ -243,6 +243,7 @@ class Run:
             self.rank.optimizer,
             self.rank.scheduler,
             files={RECIPE_NAME: dump_recipe(self.recipe)},
+            optimizer_format=self.recipe.checkpoint.optimizer_format,
         )
         self.rank.set_forward_hooks(is_on=True)
         self.saved_step = self.step

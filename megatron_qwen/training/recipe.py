@@ -20,6 +20,7 @@ DECAY_STYLES = ("constant", "linear", "cosine", "wsd")
 WSD_DECAY_STYLES = ("linear", "cosine", "exponential", "minus_sqrt")
 RECOMPUTE_MODES = ("none", "selective", "full")
 RECOMPUTE_METHODS = ("uniform", "block")
+OPTIMIZER_FORMATS = ("fully_reshardable", "dp_reshardable")
 
 
 class RecipeGroup:
@@ -239,14 +240,18 @@ class CheckpointRecipe(RecipeGroup):
         save_every: steps between checkpoints; None saves at the end only.
         save_at_end: also save when the run ends or is interrupted; off for measurements.
         keep_last: number of checkpoints that stay; None keeps all.
+        optimizer_format: of the distributed optimizer's state: `fully_reshardable` loads and converts to any layout;
+            `dp_reshardable` loads at another data-parallel size only, and is not gathered for each save.
     """
 
     save_every: int | None = None
     save_at_end: bool = True
     keep_last: int | None = None
+    optimizer_format: str = "fully_reshardable"
 
     def problems(self) -> Iterator[str]:  # noqa: D102
         yield from self._at_least(1, "save_every", "keep_last")
+        yield from self._one_of("optimizer_format", OPTIMIZER_FORMATS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,6 +360,8 @@ class Recipe(RecipeGroup):
         yield from self._at_least(0, "seed")
         if not self.out:
             yield "out: empty, expected a folder"
+        if self.checkpoint.optimizer_format == "dp_reshardable" and not self.optimizer.distributed:
+            yield "checkpoint.optimizer_format: dp_reshardable needs the distributed optimizer; set optimizer.distributed"
 
     def num_microbatches(self, dp: int) -> int:
         """Return the micro-batches each rank runs per step with `dp` data-parallel ranks.
