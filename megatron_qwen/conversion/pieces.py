@@ -60,7 +60,7 @@ def block_bytes(max_memory: int | None, threads: int) -> int:
 
 
 def row_pieces(tensor: TensorRows, offset: int, block: int) -> Iterator[Piece]:
-    """Yield, in order, the pieces that write `tensor` at `offset` of a file; each holds up to `block` bytes or a row."""
+    """Yield in order the pieces that write `tensor` at `offset` of a file; each holds up to `block` bytes or a row."""
     if tensor.num_bytes == 0:
         return
     row_bytes = tensor.row_elements * tensor.dtype.itemsize
