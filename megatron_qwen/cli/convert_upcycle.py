@@ -56,7 +56,11 @@ def upcycle_command(
     ] = 1.0,
     router_std: Annotated[
         float | None,
-        typer.Option(help="Deviation of router and gate; default: initializer_range.", rich_help_panel=_RECIPE),
+        typer.Option(help="Deviation of the router; default: initializer_range.", rich_help_panel=_RECIPE),
+    ] = None,
+    gate_std: Annotated[
+        float | None,
+        typer.Option(help="Deviation of the shared expert's gate; default: likewise.", rich_help_panel=_RECIPE),
     ] = None,
     norm_topk_prob: Annotated[
         bool, typer.Option("--norm-topk-prob", help="Probabilities of the chosen sum to 1.", rich_help_panel=_RECIPE)
@@ -100,6 +104,7 @@ def upcycle_command(
         expert_scale=expert_scale,
         shared_scale=shared_scale,
         router_std=router_std,
+        gate_std=gate_std,
         norm_topk_prob=norm_topk_prob,
         router_aux_loss_coef=router_aux_loss_coef,
         dense_layers=_numbers(dense_layers),
@@ -160,6 +165,7 @@ def _figures(dense: QwenConfig, recipe: UpcyclingRecipe) -> dict[str, Any]:
         "expert_scale": recipe.expert_scale,
         "shared_scale": recipe.shared_scale,
         "router_std": dense.initializer_range if recipe.router_std is None else recipe.router_std,
+        "gate_std": dense.initializer_range if recipe.gate_std is None else recipe.gate_std,
         "seed": recipe.seed,
     }
 

@@ -58,9 +58,9 @@ class UpcyclingRecipe:
             and up and their column of down, as in Drop-Upcycling (arXiv 2502.19261).
         reinit_shared: treat the shared expert like the others.
         expert_scale, shared_scale: multiply what the experts, and the shared expert, return (their down matrices).
-            The recipe has 1. With a fresh gate the shared expert counts one half: a shared_scale of 2 at the dense
+            The recipe has 1. With a gate of 0 the shared expert counts one half: a shared_scale of 2 at the dense
             model's width makes the MoE model begin as the dense one, but for what the experts add.
-        router_std: of router and shared-expert gate; None takes the model's initializer_range.
+        router_std, gate_std: of the router and of the shared expert's gate; None takes the model's initializer_range.
         norm_topk_prob: renormalise the chosen experts' probabilities.
         router_aux_loss_coef: of transformers' load-balancing loss.
         dense_layers: decoder layers that stay dense.
@@ -78,6 +78,7 @@ class UpcyclingRecipe:
     expert_scale: float = 1.0
     shared_scale: float = 1.0
     router_std: float | None = None
+    gate_std: float | None = None
     norm_topk_prob: bool = False
     router_aux_loss_coef: float = 0.001
     dense_layers: tuple[int, ...] = ()
@@ -93,7 +94,7 @@ class UpcyclingRecipe:
             problems.append(f"topk: got {self.topk}, expected at most num_experts, {self.num_experts}")
         if not 0.0 <= self.reinit <= 1.0:
             problems.append(f"reinit: got {self.reinit}, expected 0 to 1")
-        for name in ("reinit_std", "router_std", "router_aux_loss_coef", "expert_scale", "shared_scale"):
+        for name in ("reinit_std", "router_std", "gate_std", "router_aux_loss_coef", "expert_scale", "shared_scale"):
             value = getattr(self, name)
             if value is not None and not 0.0 <= value < math.inf:
                 problems.append(f"{name}: got {value}, expected a number of at least 0")
@@ -227,8 +228,8 @@ class UpcycledModel:
         name = parameter.hf_names[index]
         if name in self._places:
             return self._dense.hf_rows(*self._places[name], begin, end)
-        std = self._std(self.recipe.router_std)
         if name.endswith(("mlp.gate.weight", "mlp.shared_expert_gate.weight")):
+            std = self._std(self.recipe.router_std if name.endswith("mlp.gate.weight") else self.recipe.gate_std)
             rows = [
                 _normal(_generator(self.recipe.seed, name, row), parameter.shape[1], std) for row in range(begin, end)
             ]

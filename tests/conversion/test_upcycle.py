@@ -124,7 +124,7 @@ def test_whole_neurons_can_be_drawn_anew(tmp_path, dense):
 
 
 def test_router_and_gate_are_normal(tmp_path, dense):
-    after = upcycle(dense, tmp_path / "moe", recipe(num_experts=50, router_std=0.5))
+    after = upcycle(dense, tmp_path / "moe", recipe(num_experts=50, router_std=0.5, gate_std=0.5))
     values = torch.cat(
         [x.flatten() for name, x in after.items() if name.endswith(("mlp.gate.weight", "expert_gate.weight"))]
     )
@@ -172,7 +172,7 @@ def test_random_numbers_are_those_of_other_machines_and_versions(dense):
 
 def test_with_all_experts_active_and_nothing_drawn_anew_it_is_the_dense_function(tmp_path, dense):
     """Two half-width experts at probability 1/2 each, and a full-width shared expert at sigmoid(0) = 1/2: 1 MLP."""
-    chosen = recipe(num_experts=2, topk=2, granularity=2, shared_width=24, reinit=0.0, router_std=0.0)
+    chosen = recipe(num_experts=2, topk=2, granularity=2, shared_width=24, reinit=0.0, router_std=0.0, gate_std=0.0)
     after, before = upcycle(dense, tmp_path / "moe", chosen), load_file(dense / "model.safetensors")
     x = torch.randn(50, 32, generator=torch.Generator().manual_seed(0)).double()
     for prefix in ("model.layers.0.mlp", "model.layers.1.mlp"):
@@ -191,9 +191,9 @@ def test_with_all_experts_active_and_nothing_drawn_anew_it_is_the_dense_function
 
 def test_scales_let_it_begin_as_the_dense_model(tmp_path, dense):
     """A shared expert at twice the dense MLP counts one half; experts scaled to nothing add nothing: equal bits."""
-    chosen = recipe(reinit=0.0, shared_width=24, shared_scale=2.0, expert_scale=0.0, router_std=0.0)
+    chosen = recipe(reinit=0.0, shared_width=24, shared_scale=2.0, expert_scale=0.0, gate_std=0.0)
     after = upcycle(dense, tmp_path / "moe", chosen)
-    plain = upcycle(dense, tmp_path / "plain", recipe(reinit=0.0, shared_width=24, router_std=0.0))
+    plain = upcycle(dense, tmp_path / "plain", recipe(reinit=0.0, shared_width=24, gate_std=0.0))
     for name in after:
         factor = {"experts": 0.0, "shared_expert": 2.0}.get(name.split(".")[4], 1.0) if "down" in name else 1.0
         assert torch.equal(after[name], plain[name] * factor), name
