@@ -171,4 +171,6 @@ def _print_layers(report: LogitsReport) -> None:
             f"the same next token for {report.same_top1} of {report.tokens}",
             markup=False,
         )
+    for note in report.notes:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
     console.print(report.verdict, markup=False, soft_wrap=True)

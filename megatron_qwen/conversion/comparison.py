@@ -20,6 +20,7 @@ from megatron_qwen.conversion.advance import Advance, Progress, silent
 from megatron_qwen.conversion.interfaces import WeightSource
 from megatron_qwen.conversion.loading import open_source
 from megatron_qwen.conversion.parameters import Parameter, parameters
+from megatron_qwen.conversion.stored_arguments import contradictions
 from megatron_qwen.errors import ConfigError
 from megatron_qwen.model.config import QwenConfig
 
@@ -33,7 +34,8 @@ class Difference:
     """One tensor, or one field of the configuration, that differs.
 
     Attributes:
-        name: Hugging Face name of the tensor, or `config.<field>`.
+        name: Hugging Face name of the tensor, `config.<field>`, or `A: args.<argument>` where the Megatron-LM arguments
+            in a checkpoint contradict its own config.json.
         kind: "missing in A", "missing in B", "shape", "dtype", "values" or "config".
         detail: what was found on both sides.
         count: number of values whose bits differ; for two dtypes, after rounding to the coarser.
@@ -87,7 +89,7 @@ def verify(
     if threads < 1:
         raise ConfigError(f"threads: got {threads}, expected at least 1")
     left, right = (open_source(folder, allow_pickle=allow_pickle) for folder in (a, b))
-    differences = list(_compare_configs(left.config, right.config))
+    differences = [*_compare_configs(left.config, right.config), *_compare_arguments(left, right)]
     mine, theirs = _by_name(left.config), _by_name(right.config)
     blocks: list[_Block] = []
     for name in dict.fromkeys((*mine, *theirs)):
@@ -210,3 +212,10 @@ def _compare_configs(a: QwenConfig, b: QwenConfig) -> Iterable[Difference]:
         x, y = getattr(a, field.name), getattr(b, field.name)
         if field.name not in _CONFIG_FIELDS_IGNORED and x != y:
             yield Difference(name=f"config.{field.name}", kind="config", detail=f"{x} and {y}")
+
+
+def _compare_arguments(a: WeightSource, b: WeightSource) -> Iterable[Difference]:
+    """Yield where a Megatron checkpoint contradicts itself: its arguments describe another model than config.json."""
+    for side, source in (("A", a), ("B", b)):
+        for item in contradictions(source):
+            yield Difference(name=f"{side}: args.{item.argument}", kind="config", detail=str(item))

@@ -27,6 +27,7 @@ from megatron_qwen.conversion.loading import open_source
 from megatron_qwen.conversion.parameters import Parameter, parameters
 from megatron_qwen.conversion.referee import TransformersTeacher
 from megatron_qwen.conversion.sample_text import sample_tokens
+from megatron_qwen.conversion.stored_arguments import contradictions
 from megatron_qwen.errors import ConfigError
 from megatron_qwen.model.config import QwenConfig
 
@@ -95,6 +96,7 @@ class LogitsReport:
 
     Attributes:
         a, b: the folders.
+        notes: what a user should know.
         against: who computed A: "megatron" or "transformers".
         tokens: length of the text.
         text: whether it was text of the folder's tokenizer rather than random ids.
@@ -108,6 +110,7 @@ class LogitsReport:
 
     a: str
     b: str
+    notes: tuple[str, ...]
     against: str
     tokens: int
     text: bool
@@ -195,7 +198,9 @@ def compare_logits(
     if not tolerance >= 0:
         raise ConfigError(f"tolerance: got {tolerance}, expected >= 0")
     left, right = (open_source(folder, allow_pickle=allow_pickle) for folder in (a, b))
+    notes = [f"{side} {text}" for side, source in (("A", left), ("B", right)) for text in _follow_arguments(source)]
     report = LogitsReport(
+        notes=tuple(notes),
         a=str(a), b=str(b), against=against, tokens=tokens, text=False, tolerance=tolerance, layers=(),
         divergences=tuple(_structural(left.config, right.config)), max_abs=0.0, logit_range=0.0, same_top1=0,
     )  # fmt: skip
@@ -328,6 +333,13 @@ class _Comparison:
             "same_top1": int((_argmax(tops_a) == _argmax(tops_b)).sum()),
         }
         return [replace(worst, value_range=highest - lowest)], figures
+
+
+def _follow_arguments(source: WeightSource) -> list[str]:
+    """Let a Megatron checkpoint compute as its stored arguments say, as Megatron-LM would; return what that changes."""
+    found = contradictions(source)
+    source.config = replace(source.config, **{item.field: item.stored for item in found})
+    return [f"computes as its Megatron-LM arguments say: {item}" for item in found]
 
 
 def _structural(a: QwenConfig, b: QwenConfig) -> Iterator[Divergence]:

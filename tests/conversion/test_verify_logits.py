@@ -226,6 +226,29 @@ def test_equal_models_are_equal_to_the_last_bit_in_any_format(tmp_path, folders)
     assert (report.first.layer, report.first.module) == (2, f"{EXPERTS}0.linear_fc1")
 
 
+def test_megatron_lm_arguments_that_say_another_scoring_order_are_followed_and_named(tmp_path, folders):
+    """Megatron-LM builds the model from the arguments in the checkpoint, whatever config.json beside it says."""
+    conversion.import_hf(folders["moe"], tmp_path / "dist", progress=False)
+    conversion.import_hf(folders["moe"], tmp_path / "ranks", progress=False, ckpt_format="torch")
+    for folder, file in (("dist", "common.pt"), ("ranks", "mp_rank_00/model_optim_rng.pt")):
+        path = tmp_path / folder / "release" / file
+        assert compare_logits(folders["moe"], tmp_path / folder, allow_pickle=True).is_equal
+        content = torch.load(path, weights_only=False)
+        content["args"].moe_router_pre_softmax = False
+        content["args"].norm_epsilon = 1e-4
+        torch.save(content, path)
+        (path.parent / "manifest.json").unlink(missing_ok=True)
+        (tmp_path / folder / "release" / "manifest.json").unlink(missing_ok=True)
+        report = compare_logits(folders["moe"], tmp_path / folder, allow_pickle=True)
+        modules = list(dict.fromkeys(divergence.module for divergence in report.divergences))
+        assert modules == ["input_layernorm", "pre_mlp_layernorm", "mlp.router.routing", "decoder.final_layernorm"]
+        assert report.first.reason == "config.rms_norm_eps: 1e-06 and 0.0001"
+        assert len(report.notes) == 2
+        assert "norm_topk_prob is False in hf/config.json, True by moe_router_pre_softmax" in report.notes[1]
+        found = conversion.verify(folders["moe"], tmp_path / folder, allow_pickle=True).differences
+        assert [item.name for item in found] == ["B: args.norm_epsilon", "B: args.moe_router_pre_softmax"]
+
+
 def test_a_tolerance_lets_rounding_pass_and_nothing_more(tmp_path):
     write_tiny_hf(tmp_path / "a", DENSE)
     rounded = planted(tmp_path / "a", tmp_path / "b", lambda w: w.update({k: v.bfloat16() for k, v in w.items()}))

@@ -1,0 +1,72 @@
+"""Whether the Megatron-LM arguments in a checkpoint describe the arithmetic that its config.json does.
+
+Megatron-LM builds the model from the arguments (--use-checkpoint-args), not from `hf/config.json`. Shapes that
+contradict the weights are found elsewhere; these fields leave no trace in them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_qwen.checkpoint.pickles import read_metadata
+from megatron_qwen.conversion.hf import HfFolder
+from megatron_qwen.conversion.interfaces import WeightSource
+from megatron_qwen.conversion.legacy import LegacyFolder
+from megatron_qwen.conversion.optimizer_torch_dist import read_common
+from megatron_qwen.errors import IncompleteInputError, UnsafeInputError
+
+# Field of config.json: the argument, and how the one follows from the other.
+_FIELDS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
+    "rms_norm_eps": ("norm_epsilon", float),
+    "rope_theta": ("rotary_base", float),
+    "norm_topk_prob": ("moe_router_pre_softmax", lambda value: not value),
+    "num_experts_per_tok": ("moe_router_topk", int),
+}
+_MOE_FIELDS = ("norm_topk_prob", "num_experts_per_tok")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contradiction:
+    """A field that config.json and the stored arguments give differently."""
+
+    field: str
+    argument: str
+    configured: Any
+    stored: Any
+
+    def __str__(self) -> str:
+        return f"{self.field} is {self.configured} in hf/config.json, {self.stored} by {self.argument} of its arguments"
+
+
+def contradictions(source: WeightSource) -> list[Contradiction]:
+    """Return where the arguments in a checkpoint contradict its config.json; none without arguments.
+
+    Raises:
+        CorruptInputError: the file that holds them is damaged.
+    """
+    arguments = stored_arguments(source)
+    found = []
+    for field, (name, convert) in _FIELDS.items():
+        value, configured = getattr(arguments, name, None), getattr(source.config, field)
+        if value is None or (field in _MOE_FIELDS and not source.config.is_moe) or not isinstance(value, (int, float)):
+            continue
+        # Megatron-LM takes whole rotary bases only.
+        if convert(value) != (int(configured) if name == "rotary_base" else configured):
+            found.append(Contradiction(field=field, argument=name, configured=configured, stored=convert(value)))
+    return found
+
+
+def stored_arguments(source: WeightSource) -> argparse.Namespace | None:
+    """Return Megatron-LM's arguments in a checkpoint; None if there are none, or they need more than plain data."""
+    if isinstance(source, HfFolder):
+        return None
+    if isinstance(source, LegacyFolder):
+        return next(iter(source.contents.values())).arguments
+    try:
+        arguments = read_common(source.path, read_metadata(source.path)).get("args")
+    except (IncompleteInputError, UnsafeInputError):
+        return None
+    return arguments if isinstance(arguments, argparse.Namespace) else None
