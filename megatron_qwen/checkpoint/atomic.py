@@ -19,12 +19,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_qwen.errors import StorageError
+from megatron_qwen.errors import IncompleteInputError, StorageError
 from megatron_qwen.testing import failpoints
 
 STAGING_MARK = ".incomplete-"
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_SYNC_FILE_RANGE_WRITE = 2
 
 failpoints.register("commit.synced", "everything is durable under the staging name")
 failpoints.register("commit.renamed", "the final name is taken; for an overwrite the old folder is still aside")
@@ -109,6 +110,20 @@ def stale_staging(parent: Path) -> list[Path]:
     return sorted(parent.glob(f"*{STAGING_MARK}*")) if parent.is_dir() else []
 
 
+def refuse_unfinished(path: Path) -> None:
+    """Refuse to read from a folder that is still being made, or whose making was interrupted.
+
+    Raises:
+        IncompleteInputError: `path` is a staging folder or lies in one.
+    """
+    unfinished = next((part for part in path.resolve().parts if STAGING_MARK in part), None)
+    if unfinished is not None:
+        raise IncompleteInputError(
+            f"{path}: {unfinished} is the half-made output of a command that was interrupted, or is at work; run that "
+            "command again with --resume, or delete the folder"
+        )
+
+
 def fsync_tree(folder: Path) -> None:
     """Force every file and folder below `folder`, itself included, to the disk."""
     for root, _, names in os.walk(folder, topdown=False):
@@ -120,6 +135,13 @@ def fsync_tree(folder: Path) -> None:
 def fsync_folder(folder: Path) -> None:
     """Force the entries of `folder` (names, not contents) to the disk."""
     _fsync(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+
+
+def begin_writeback(descriptor: int, offset: int, num_bytes: int) -> None:
+    """Have the kernel start to write a range to the disk, so that a later fsync has less to wait for; a mere hint."""
+    sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if sync_file_range is not None:
+        sync_file_range(descriptor, ctypes.c_int64(offset), ctypes.c_int64(num_bytes), _SYNC_FILE_RANGE_WRITE)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from megatron_qwen.checkpoint.atomic import begin_writeback
 from megatron_qwen.checkpoint.manifest import FileRecord, hash_files
 from megatron_qwen.conversion.interfaces import OutputFile
 from megatron_qwen.errors import ConfigError, Interrupted
@@ -35,6 +36,7 @@ failpoints.register("convert.file", "a file is whole and forced to the disk; the
 failpoints.register("convert.journal", "a file is whole and in the journal")
 
 HASH_BYTES = 2 * 2**20
+WRITEBACK_BYTES = 32 * 2**20
 
 Advance = Callable[[int, int], None]
 
@@ -126,6 +128,7 @@ class _OpenFile:
         self.spec = spec
         self.digest = hashlib.sha256()
         self.hashed = 0
+        self._sent = 0
         self.is_being_hashed = False
         self._pending = set(range(len(spec.pieces)))
         self._has_spans = all(piece.spans for piece in spec.pieces)
@@ -167,6 +170,9 @@ class _OpenFile:
             assert count, (self.spec.name, self.hashed, end)
             self.digest.update(buffer[:count])
             self.hashed += count
+            if self.hashed - self._sent >= WRITEBACK_BYTES:
+                begin_writeback(self.descriptor, self._sent, self.hashed - self._sent)
+                self._sent = self.hashed
 
 
 class _Job:

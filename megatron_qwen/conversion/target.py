@@ -19,6 +19,9 @@ from megatron_qwen.errors import StorageError
 
 # Folders, the manifest and the journal, generously.
 _OVERHEAD_BYTES = 8 * 2**20
+_BYTES_DO_NOT_DEPEND_ON = frozenset(
+    {"overwrite", "allow_pickle", "verify", "resume", "progress", "threads", "max_memory"}
+)
 
 
 def fingerprint_of(
@@ -36,14 +39,7 @@ def fingerprint_of(
         "source": str(source.path.resolve()),
         "source_files": _stamps(source.path, target),
         "config": plan.config.to_hf(),
-        "options": {
-            "dtype": str(options.torch_dtype),
-            "allow_nonfinite": options.allow_nonfinite,
-            "ckpt_format": options.ckpt_format,
-            "layout": repr(options.layout),
-            "transformer_impl": options.transformer_impl,
-            "optimizer": options.optimizer,
-        },
+        "options": {name: str(value) for name, value in vars(options).items() if name not in _BYTES_DO_NOT_DEPEND_ON},
         "files": {file.name: file.num_bytes for file in files},
     }
     parsed: Mapping[str, Any] = json.loads(json.dumps(content))
