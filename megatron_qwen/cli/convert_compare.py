@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from megatron_qwen.conversion.comparison import VerifyReport
     from megatron_qwen.conversion.digests import ManifestReport
     from megatron_qwen.conversion.divergence import LogitsReport
-
-_ROWS_SHOWN = 60
 
 
 def register(group: typer.Typer) -> None:
@@ -158,18 +157,26 @@ def _print_layers(report: LogitsReport) -> None:
     table = Table(title=f"{report.tokens} tokens of {'text' if report.text else 'random ids'}, A by {report.against}")
     for column in ("layer", "hidden state |A-B|/|A|", "worst module on equal input", "max |A-B|", "of range"):
         table.add_column(column, overflow="fold")
-    faulty = {divergence.layer for divergence in report.divergences}
-    shown = [row for row in report.layers if len(report.layers) <= _ROWS_SHOWN or row.layer in faulty]
-    for row in shown:
-        figures = (f"{row.worst.max_abs:.3g}", f"{row.worst.value_range:.3g}") if row.worst.max_abs else ("0", "")
-        name = row.worst.module if row.worst.max_abs else "equal"
-        table.add_row(str(row.layer), f"{row.hidden.relative:.3g}", name, *figures)
-    if shown:
+    for is_equal, group in itertools.groupby(
+        report.layers, key=lambda row: row.hidden.max_abs == row.worst.max_abs == 0
+    ):
+        rows = list(group)
+        if is_equal:
+            first, last = rows[0].layer, rows[-1].layer
+            table.add_row(str(first) if first == last else f"{first} to {last}", "0", "equal", "0", "")
+            continue
+        for row in rows:
+            worst = row.worst
+            figures = (f"{worst.max_abs:.3g}", f"{worst.value_range:.3g}") if worst.max_abs else ("0", "")
+            name = worst.module if worst.max_abs else "equal"
+            table.add_row(str(row.layer), f"{row.hidden.relative:.3g}", name, *figures)
+    if report.layers:
         console.print(table)
         console.print(
             f"logits, each model by itself: max |A-B| {report.max_abs:.3g} of range {report.logit_range:.3g}; "
             f"the same next token for {report.same_top1} of {report.tokens}",
             markup=False,
+            soft_wrap=True,
         )
     for note in report.notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)

@@ -240,7 +240,6 @@ class MegatronTeacher:
 
     def __init__(self, source: WeightSource, engines: _Engines, ids_S: Tensor) -> None:
         self._source, self._engines, self._ids_S = source, engines, ids_S
-        self._output_VH: Tensor | None = None
 
     def embedding(self) -> Tensor:
         """Return the embedded tokens [S, 1, H]."""
@@ -256,9 +255,7 @@ class MegatronTeacher:
 
     def logits(self, normed_SH: Tensor, begin: int, end: int) -> Tensor:
         """Return the logits [S, end - begin] of these vocabulary rows."""
-        if self._output_VH is None:
-            self._output_VH = _output_rows(self._source)
-        return normed_SH @ self._output_VH[begin:end].float().T
+        return normed_SH @ _output_rows(self._source, begin, end).T
 
 
 class _Comparison:
@@ -314,11 +311,10 @@ class _Comparison:
 
     def _compare_output(self, normed_a_SH: Tensor, normed_b_SH: Tensor) -> tuple[list[Gap], dict[str, Any]]:
         """Compare the logits of equal input (for the verdict) and of each model by itself (for the figures)."""
-        output = _output_rows(self._b)
         rows = min(source.config.vocab_size for source in (self._a, self._b))
         gaps, tops_a, tops_b, highest, lowest, largest = [], [], [], -torch.inf, torch.inf, 0.0
         for begin in range(0, rows, _ROWS):
-            weight_b = output[begin : min(begin + _ROWS, rows)].float()
+            weight_b = _output_rows(self._b, begin, min(begin + _ROWS, rows))
             logits_a_SV = self._teacher.logits(normed_a_SH, begin, begin + weight_b.shape[0])
             gaps.append(measure(OUTPUT, logits_a_SV, normed_a_SH @ weight_b.T))
             own_b_SV = normed_b_SH @ weight_b.T
@@ -361,8 +357,9 @@ def _parameter(config: QwenConfig, name: str) -> Parameter:
 
 
 def _embed(source: WeightSource, ids_S: Tensor) -> Tensor:
-    (table_VH,) = source.hf_tensors(_parameter(source.config, f"{EMBEDDING}.weight"))
-    return table_VH[ids_S].float().unsqueeze(1)
+    """Return the embedded tokens [S, 1, H], their rows read one by one."""
+    table = _parameter(source.config, f"{EMBEDDING}.weight")
+    return torch.stack([source.hf_rows(table, 0, row, row + 1).float() for row in ids_S.tolist()])
 
 
 def _final_norm(source: WeightSource, hidden_SBH: Tensor) -> Tensor:
@@ -370,10 +367,10 @@ def _final_norm(source: WeightSource, hidden_SBH: Tensor) -> Tensor:
     return functional.rms_norm(hidden_SBH.cpu(), weight_H.shape, weight_H.float(), source.config.rms_norm_eps)
 
 
-def _output_rows(source: WeightSource) -> Tensor:
-    """Return the output matrix [V, H] in its own dtype; the embedding for tied models."""
+def _output_rows(source: WeightSource, begin: int, end: int) -> Tensor:
+    """Return rows of the output matrix in fp32; of the embedding for tied models."""
     name = EMBEDDING if source.config.tie_word_embeddings else OUTPUT
-    return source.hf_tensors(_parameter(source.config, f"{name}.weight"))[0]
+    return source.hf_rows(_parameter(source.config, f"{name}.weight"), 0, begin, end).float()
 
 
 def _argmax(parts: list[Any]) -> Tensor:
