@@ -24,6 +24,8 @@ def read_values(path: Path, offset: int, dtype: torch.dtype, count: int) -> Tens
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         raise IncompleteInputError(f"{path}: missing; it was there when the headers were read") from None
+    except OSError as error:
+        raise CorruptInputError(f"{path}: cannot be opened: {error}") from error
     try:
         done = 0
         while done < len(view):
@@ -32,6 +34,8 @@ def read_values(path: Path, offset: int, dtype: torch.dtype, count: int) -> Tens
                 size = os.fstat(descriptor).st_size
                 raise CorruptInputError(f"{path}: {size:,} bytes, at least {offset + len(view):,} needed: truncated")
             done += got
+    except OSError as error:
+        raise CorruptInputError(f"{path}: cannot be read at byte {offset + done:,}: {error}") from error
     finally:
         os.close(descriptor)
     return values

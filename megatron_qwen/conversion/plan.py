@@ -281,7 +281,14 @@ def _dtype_problems(config: QwenConfig, entries: Mapping[str, TensorEntry], dtyp
         if kind not in FLOAT_DTYPES:
             hint = "give --dtype to convert it" if kind == "F64" else "quantized or integer weights are not supported"
             yield f"dtype {kind}: {len(names)} tensors, first {names[0]}; config.json says {config.torch_dtype}; {hint}"
-    if dtype is not None or not is_homogeneous(config):
+    if dtype is not None:
+        return
+    merged = (item.hf_names for item in parameters(config) if len(item.hf_names) > 1)
+    for names in merged:
+        mixed = sorted({entries[name].dtype for name in names if name in entries})
+        if len(mixed) > 1:
+            yield f"{', '.join(names)}: differ in dtype ({listing(mixed)}), but Megatron merges them; give --dtype"
+    if not is_homogeneous(config):
         return
     for pattern, names in _by_pattern(entries).items():
         mixed = sorted({entries[name].dtype for name in names})

@@ -167,6 +167,25 @@ def test_cast_on_the_way_is_reported(tmp_path):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path / "back").items())
 
 
+def test_tensors_that_megatron_merges_must_agree_in_dtype(tmp_path):
+    write_tiny_hf(tmp_path / "hf", CONFIGS["moe_mixed_renormalised"])
+    state = load_file(tmp_path / "hf" / "model.safetensors")
+    names = [name for name in state if name.endswith("k_proj.bias")]
+    save_file(
+        {name: tensor.bfloat16() if name in names else tensor for name, tensor in state.items()},
+        tmp_path / "hf" / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(
+        MismatchError, match=r"(?s)4 findings.*layers.0.*k_proj.bias.*differ in dtype \(BF16, F32\).*--dtype"
+    ):
+        import_hf(tmp_path / "hf", tmp_path / "mg", progress=False)
+    import_hf(tmp_path / "hf", tmp_path / "mg", dtype="float32", progress=False, verify=True)
+    export_hf(tmp_path / "mg", tmp_path / "back", progress=False)
+    for name, tensor in weights(tmp_path / "back").items():
+        assert torch.equal(tensor, state[name].bfloat16().float() if name in names else state[name]), name
+
+
 def test_nothing_is_overwritten_without_being_asked(tmp_path):
     write_tiny_hf(tmp_path / "hf", CONFIGS["dense"])
     (tmp_path / "mg").mkdir()
