@@ -62,21 +62,25 @@ def commit(staging: Path, target: Path, *, overwrite: bool = False) -> None:
         overwrite: swap with an existing target (atomically where the kernel can), then delete the old one.
 
     Raises:
-        StorageError: `target` exists and `overwrite` is off, or the file system refuses.
+        StorageError: `target` is more than an empty folder and `overwrite` is off, or the file system refuses.
     """
     with storage_errors(f"cannot complete {target}"):
         fsync_tree(staging)
         failpoints.hit("commit.synced")
-        if target.exists() and not overwrite:
+        if not overwrite and target.exists() and not _is_empty_folder(target):
             raise StorageError(f"{target} exists already; remove it, or ask for it to be overwritten")
-        if target.exists():
+        if overwrite and target.exists():
             _exchange(staging, target)
             failpoints.hit("commit.renamed")
             shutil.rmtree(staging)
         else:
-            staging.rename(target)
+            staging.rename(target)  # replaces an empty folder, and fails if another process filled it by now
             failpoints.hit("commit.renamed")
         fsync_folder(target.parent)
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
 def discard(staging: Path) -> None:

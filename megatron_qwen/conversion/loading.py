@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megatron_qwen.checkpoint.atomic import refuse_unfinished
 from megatron_qwen.checkpoint.strict_json import listing
 from megatron_qwen.conversion.hf import HfFolder, has_hf_weights
 from megatron_qwen.conversion.legacy import LegacyFolder
@@ -36,7 +37,12 @@ Source = HfFolder | MegatronFolder | LegacyFolder
 
 
 def open_source(
-    folder: str | Path, *, step: int | None = None, config: QwenConfig | None = None, allow_pickle: bool = False
+    folder: str | Path,
+    *,
+    step: int | None = None,
+    config: QwenConfig | None = None,
+    allow_pickle: bool = False,
+    allow_unfinished: bool = False,
 ) -> Source:
     """Open a Hugging Face or Megatron folder and prove from its headers that it holds the model it says.
 
@@ -46,6 +52,7 @@ def open_source(
         step: of a run; None takes what its tracker names.
         config: the model, for a Megatron checkpoint without `hf/config.json`.
         allow_pickle: open files that are pickles (per-rank checkpoints, pytorch_model.bin), as plain data.
+        allow_unfinished: open what lies in a staging folder, to look over one's own output before it gets its name.
 
     Raises:
         UnsafeInputError: the weights are pickles and `allow_pickle` is not set.
@@ -54,6 +61,8 @@ def open_source(
     path = Path(folder)
     if not path.is_dir():
         raise IncompleteInputError(f"{path}: no such folder; expected a Hugging Face or Megatron checkpoint")
+    if not allow_unfinished:
+        refuse_unfinished(path)
     is_hf = has_hf_weights(path) or ((path / "config.json").is_file() and not is_step(path))
     source = HfFolder(path, allow_pickle=allow_pickle) if is_hf else _open_megatron(path, step, config, allow_pickle)
     source.plan(torch.float32)

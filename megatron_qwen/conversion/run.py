@@ -248,7 +248,7 @@ class Conversion:
                 verify_optimizer(staging.output, self.source, self.options, threads=self.threads, is_stopped=is_stopped)
             verify_seconds = time.monotonic() - began
         self.source.check_unchanged()
-        finish(staging, self.target, self.manifest_name, overwrite=self.options.overwrite or self.target.is_dir())
+        finish(staging, self.target, self.manifest_name, overwrite=self.options.overwrite)
         return self._report(verify_seconds=verify_seconds, reused=staging.journal.num_reused, notes=[])
 
     def _piece_bytes(self) -> int:

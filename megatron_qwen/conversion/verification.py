@@ -39,7 +39,7 @@ def verify_output(
         CorruptInputError: naming tensor and rows that differ.
         Interrupted: `is_stopped` said so.
     """
-    output = open_source(folder, allow_pickle=True)  # our own files
+    output = open_source(folder, allow_pickle=True, allow_unfinished=True)  # our own files
     work = [
         partial(_compare, item, index, output, weights, is_stopped)
         for item in plan.parameters

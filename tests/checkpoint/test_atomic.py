@@ -55,6 +55,20 @@ def test_existing_target_is_kept_unless_overwriting_is_asked_for(tmp_path: Path)
     assert atomic.stale_staging(tmp_path) == []
 
 
+def test_empty_target_is_replaced_and_one_filled_meanwhile_is_not(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    staging = atomic.make_staging(target)
+    (staging / "ours").touch()
+    atomic.commit(staging, target)
+    assert os.listdir(target) == ["ours"]
+    staging = atomic.make_staging(target)
+    (staging / "later").touch()
+    with pytest.raises(StorageError, match="exists already"):
+        atomic.commit(staging, target)
+    assert os.listdir(target) == ["ours"]
+
+
 def test_overwrite_works_where_the_kernel_cannot_swap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(atomic.ctypes, "CDLL", lambda *_, **__: object())
     for content in ("1", "2"):
