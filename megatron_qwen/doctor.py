@@ -175,6 +175,7 @@ def _nvcc() -> str | None:
 def _choices() -> tuple[Choice, ...]:
     import torch
 
+    from megatron_qwen import ops
     from megatron_qwen.parallel.device import communication_backend
 
     on_gpu = torch.cuda.is_available()
@@ -193,6 +194,7 @@ def _choices() -> tuple[Choice, ...]:
         Choice(part="communication", backend=backend, reason="CUDA is there" if on_gpu else "no CUDA device"),
         Choice(part="optimizer", backend=_adam(on_gpu), reason="the first of Transformer Engine, apex, torch"),
         _extension_choice(),
+        *(Choice(part=f"op {each.op}", backend=each.backend, reason=each.reason) for each in ops.choices()),
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "megatron_qwen"
+KERNELS = PACKAGE / "kernels"  # a link, which rglob does not follow
 HEAVY = ("torch", "megatron", "transformers", "triton")
 
 # What each layer must not import; `cli` and `testing` may use everything.
@@ -17,7 +18,7 @@ UPPER = {"cli", "recipes", "training", "conversion", "inference", "evaluation", 
 FORBIDDEN = {
     "errors": UPPER | {"model", "ops", "kernels", "parallel", "checkpoint", "data", "testing", "compat"},
     "compat": UPPER | {"model", "ops", "kernels", "checkpoint", "data", "testing"},
-    "kernels": UPPER | {"model", "parallel", "checkpoint", "data", "testing"},
+    "kernels": UPPER | {"model", "ops", "parallel", "checkpoint", "data", "testing"},
     "ops": UPPER | {"model", "checkpoint", "data", "testing"},
     "model": UPPER | {"checkpoint", "data", "testing"},
     "parallel": UPPER | {"model", "ops", "kernels", "checkpoint", "data", "testing"},
@@ -51,6 +52,8 @@ def imported_names(source: str, module: str) -> set[str]:
 def violations(source: str, module: str) -> list[str]:
     layer = module.split(".")[1]
     barred = FORBIDDEN.get(layer, set())
+    if layer not in ("ops", "kernels"):
+        barred = barred | {"kernels"}  # ops.py is the only door
     return sorted(
         name
         for name in imported_names(source, module)
@@ -59,9 +62,8 @@ def violations(source: str, module: str) -> list[str]:
 
 
 def modules() -> list[Path]:
-    return sorted(
-        path for path in PACKAGE.rglob("*.py") if len(path.relative_to(PACKAGE).parts) > 1 or path.stem in FORBIDDEN
-    )
+    found = {*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")}
+    return sorted(path for path in found if len(path.relative_to(PACKAGE).parts) > 1 or path.stem in FORBIDDEN)
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -81,6 +83,22 @@ def test_layers_point_one_way(path: Path) -> None:
 )
 def test_the_check_sees_every_form_of_import(statement: str) -> None:
     assert violations(statement, "megatron_qwen.model.build")
+
+
+def test_kernels_are_reached_through_ops_only() -> None:
+    statement = "from megatron_qwen.kernels.swiglu import swiglu"
+    assert violations(statement, "megatron_qwen.testing.tiny")
+    assert not violations(statement, "megatron_qwen.ops")
+    assert violations("from ... import ops", "megatron_qwen.kernels.swiglu.op")
+
+
+def test_operations_work_where_triton_is_not_imported() -> None:
+    code = (
+        "import sys; from megatron_qwen import ops; "
+        "print([name for name in ('triton', 'megatron') if name in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
 
 
 def test_the_layout_rules_know_no_torch() -> None:

@@ -16,7 +16,8 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_qwen.model.swiglu import SwiGLU, swiglu_backward
+from megatron_qwen.model.swiglu import SwiGLU
+from megatron_qwen.ops import swiglu_backward_
 
 
 class LocalExperts(SequentialMLP):  # type: ignore[misc]  # megatron-core is untyped
@@ -100,7 +101,7 @@ class _GroupedMlp(torch.autograd.Function):
         hidden = _weigh_(activated, probs_T)
         for index, (rows, weight) in enumerate(zip(_groups(counts), second, strict=True)):
             grads[len(counts) + index] = _weight_gradient(weight, grad_y[rows], hidden[rows])
-        grad_packed = swiglu_backward(_weigh_(grad_hidden, probs_T), gate, silu_gate, up)
+        grad_packed = swiglu_backward_(_weigh_(grad_hidden, probs_T), gate, silu_gate, up)
         grad_x = torch.empty_like(x_TH)
         for index, (rows, weight) in enumerate(zip(_groups(counts), first, strict=True)):
             torch.mm(grad_packed[rows], weight, out=grad_x[rows])

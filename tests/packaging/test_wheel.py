@@ -88,6 +88,7 @@ def test_kernels_are_real_files_in_the_wheel_and_no_top_level_package(
 ) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "megatron_qwen/kernels/probe/__init__.py" in names
+    assert {f"megatron_qwen/kernels/{name}.py" for name in ("backends", "swiglu/op", "swiglu/kernel")} <= set(names)
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"megatron_qwen"}
     assert run_bare(installed, tmp_path, "from megatron_qwen.kernels import probe; print(probe.NAME)") == "probe"
 

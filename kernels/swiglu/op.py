@@ -1,0 +1,83 @@
+"""`swiglu` as an operation of torch: checks, launches, gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ...errors import ConfigError
+from .. import checks
+from ..backends import backend_for, register_operation
+from ..registration import register, register_autograd, register_backward
+from . import reference
+
+register_operation("swiglu", "triton")
+
+
+def _forward(packed: torch.Tensor) -> torch.Tensor:
+    if backend_for("swiglu", packed) == "reference":
+        return reference.forward(packed)
+    out = packed.new_empty(*packed.shape[:-1], packed.shape[-1] // 2)
+    if out.numel():
+        from . import kernel
+
+        kernel.launch_forward(checks.as_rows("swiglu", "packed", packed), out.view(-1, out.shape[-1]))
+    return out
+
+
+def _forward_fake(packed: torch.Tensor) -> torch.Tensor:
+    return packed.new_empty(*packed.shape[:-1], packed.shape[-1] // 2)
+
+
+def _backward(grad: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+    if backend_for("swiglu", packed) == "reference":
+        return reference.backward(grad, packed)
+    grad_packed = packed.new_empty(packed.shape)
+    if grad.numel():
+        from . import kernel
+
+        kernel.launch_backward(
+            checks.gradient_as_rows(grad),
+            checks.as_rows("swiglu", "packed", packed),
+            grad_packed.view(-1, packed.shape[-1]),
+        )
+    return grad_packed
+
+
+def _backward_fake(grad: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+    return packed.new_empty(packed.shape)
+
+
+def _save(ctx: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+    ctx.save_for_backward(inputs[0])
+
+
+def _differentiate(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+    return backward_op(grad, ctx.saved_tensors[0])  # type: ignore[no-any-return]
+
+
+forward_op = register("swiglu", _forward, _forward_fake)
+backward_op = register_backward("swiglu_backward", _backward, _backward_fake)
+register_autograd("swiglu", _differentiate, _save)
+
+
+def swiglu(packed: torch.Tensor) -> torch.Tensor:
+    """Return silu(gate) * up of the packed output of a gate-and-up projection.
+
+    Kernels compute in fp32 and round once. Backward reads `packed` again and computes the activation anew: nothing
+    else is kept.
+
+    Args:
+        packed: [..., 2F], gate first; floating point. Triton takes any strides that make it rows at one distance.
+
+    Returns:
+        [..., F], contiguous, of the dtype of `packed`.
+
+    Raises:
+        ConfigError: a bad shape or dtype, strides that a kernel cannot take, or a backend that cannot run.
+    """
+    checks.require_floating("swiglu", "packed", packed)
+    if packed.shape[-1] % 2:
+        raise ConfigError(f"swiglu: packed has shape {tuple(packed.shape)}; expected an even last axis, gate then up")
+    return forward_op(packed)  # type: ignore[no-any-return]

@@ -1,0 +1,47 @@
+"""The operations that have kernels of their own, as functions of tensors. The only door to `kernels/`.
+
+Each is an operation of torch (namespace `megatron_qwen`), so that torch.compile, activation recompute and CUDA graphs
+work, and each has a definition in plain torch that runs anywhere. Which backend computes it is explained in
+docs/kernels.md: `MEGATRON_QWEN_BACKEND=auto|cuda|triton|reference`, or `use_backend` around a block.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_qwen.errors import ConfigError
+from megatron_qwen.kernels.backends import (
+    BACKENDS,
+    OPERATIONS,
+    OpChoice,
+    explain_choice,
+    requested_backend,
+    use_backend,
+)
+from megatron_qwen.kernels.swiglu import swiglu, swiglu_backward_
+
+__all__ = [
+    "BACKENDS",
+    "OpChoice",
+    "choices",
+    "requested_backend",
+    "swiglu",
+    "swiglu_backward_",
+    "use_backend",
+]
+
+
+def choices() -> list[OpChoice]:
+    """Return which backend each operation would use here for bf16 tensors, and why.
+
+    On the CUDA device if there is one, on the CPU otherwise. A request that cannot be met shows as backend "none"
+    with the words of the error.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = []
+    for op in OPERATIONS:
+        try:
+            found.append(explain_choice(op, device))
+        except ConfigError as error:
+            found.append(OpChoice(op=op, backend="none", reason=str(error)))
+    return found

@@ -1,0 +1,64 @@
+"""Compiles the launches below as they would be on a device and prints what came out, as JSON.
+
+Usage: aot_launches.py ARCHITECTURE [LABEL ...]. Meta tensors: real sizes, no memory.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+
+import torch
+
+from megatron_qwen.kernels.swiglu import kernel as swiglu
+from megatron_qwen.testing.aot import compile_launches
+
+TOKENS = 32768
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Qwen2.5 per tensor-parallel rank: 0.5B, 7B and 72B at TP 8; and an odd one.
+MLP_WIDTHS = {"0.5b": 4864, "7b": 18944, "72b-tp8": 3696, "odd": 1001}
+
+
+def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launch_swiglu(width: int, dtype: torch.dtype) -> None:
+    packed, out = meta(TOKENS, 2 * width, dtype=dtype), meta(TOKENS, width, dtype=dtype)
+    swiglu.launch_forward(packed, out)
+    swiglu.launch_backward(out, packed, packed)
+
+
+def launches() -> dict[str, Callable[[], None]]:
+    """Launch by label: operation, model, dtype."""
+    table: dict[str, Callable[[], None]] = {}
+    for label, dtype in DTYPES.items():
+        for model, width in MLP_WIDTHS.items():
+            table[f"swiglu {model} {label}"] = lambda width=width, dtype=dtype: launch_swiglu(width, dtype)
+    return table
+
+
+def facts(label: str, launch: Callable[[], None], architecture: int) -> list[dict[str, object]]:
+    return [
+        {
+            "label": label,
+            "kernel": code.name,
+            "architecture": code.architecture,
+            "registers": code.registers,
+            "spilled": code.stack_bytes + code.local_bytes + code.spills,
+            "shared": code.shared_bytes,
+            "loads": code.count(r"LDG\.E[.\w]*"),
+            "wide_loads": code.count(r"LDG\.E[.\w]*\.128[.\w]*"),
+            "stores": code.count(r"STG\.E[.\w]*"),
+            "wide_stores": code.count(r"STG\.E[.\w]*\.128[.\w]*"),
+            "atomics": code.count(r"(?:ATOM|RED)G?\b[.\w]*"),
+        }
+        for code in compile_launches(launch, architecture)
+    ]
+
+
+if __name__ == "__main__":
+    architecture, wanted = int(sys.argv[1]), sys.argv[2:]
+    table = launches()
+    print(json.dumps([row for label in wanted or table for row in facts(label, table[label], architecture)]))
