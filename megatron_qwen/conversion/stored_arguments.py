@@ -7,6 +7,7 @@ contradict the weights are found elsewhere; these fields leave no trace in them.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -53,8 +54,9 @@ def contradictions(source: WeightSource) -> list[Contradiction]:
         value, configured = getattr(arguments, name, None), getattr(source.config, field)
         if value is None or (field in _MOE_FIELDS and not source.config.is_moe) or not isinstance(value, (int, float)):
             continue
-        # Megatron-LM takes whole rotary bases only.
-        if convert(value) != (int(configured) if name == "rotary_base" else configured):
+        # Megatron-LM takes whole rotary bases only, and config.json may hold an epsilon that went through fp32.
+        expected = int(configured) if name == "rotary_base" else configured
+        if not math.isclose(convert(value), expected, rel_tol=1e-6):
             found.append(Contradiction(field=field, argument=name, configured=configured, stored=convert(value)))
     return found
 
