@@ -7,6 +7,7 @@ job. So before Megatron-Core opens a folder, each of its pickles is read here on
 
 from __future__ import annotations
 
+import argparse
 import io
 import pickle
 import struct
@@ -187,7 +188,7 @@ def check_pickles(folder: Path, metadata: Metadata, object_keys: Iterable[str]) 
 
 def _check_pickle(raw: bytes, where: str) -> None:
     try:
-        with torch.serialization.safe_globals([io.BytesIO]):
+        with torch.serialization.safe_globals([io.BytesIO, argparse.Namespace]):
             torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]

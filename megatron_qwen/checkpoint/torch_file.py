@@ -58,23 +58,42 @@ def open_torch_file(path: Path) -> Any:
         ConfigError: this torch cannot open a file without reading its tensors.
     """
     _check_zip(path)
+    return _open(str(path), str(path), "meta")
+
+
+def open_torch_bytes(raw: bytes, where: str) -> Any:
+    """Return what torch.save made of `raw`, as `open_torch_file` does, with its tensors in memory.
+
+    Args:
+        raw: a few kilobytes: what a checkpoint holds beside its large tensors.
+        where: file and object, for messages.
+
+    Raises:
+        UnsafeInputError, CorruptInputError: as `open_torch_file`.
+    """
+    return _open(io.BytesIO(raw), where, "cpu")
+
+
+def _open(source: str | io.BytesIO, where: str, device: str) -> Any:
     try:
         with _no_other_globals():
-            needed = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+            needed = torch.serialization.get_unsafe_globals_in_checkpoint(source)
             refused = [name for name in needed if name not in _REAL and name.split(".")[0] not in _INERT_MODULES]
             if refused:
                 raise UnsafeInputError(
-                    f"{path}: asks for {listing(sorted(refused))}, no plain data; do not use this file"
+                    f"{where}: asks for {listing(sorted(refused))}, no plain data; do not use this file"
                 )
             torch.serialization.add_safe_globals([(_REAL.get(name, Inert), name) for name in needed])
-            return torch.load(path, map_location="meta", weights_only=True)
+            if isinstance(source, io.BytesIO):
+                source.seek(0)
+            return torch.load(source, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).partition("WeightsUnpickler error:")[2].strip() or str(error)
-        raise UnsafeInputError(f"{path}: cannot be opened as plain data: {reason.splitlines()[0]}") from None
+        raise UnsafeInputError(f"{where}: cannot be opened as plain data: {reason.splitlines()[0]}") from None
     except UnsafeInputError:
         raise
     except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
-        raise CorruptInputError(f"{path}: damaged: {type(error).__name__}: {error}") from None
+        raise CorruptInputError(f"{where}: damaged: {type(error).__name__}: {error}") from None
 
 
 @contextmanager

@@ -77,8 +77,8 @@ class OptimizerSource(Protocol):
     def rows(self, parameter: Parameter, role: Role, begin: int, end: int) -> Tensor:
         """Return rows (axis 0) as Megatron lays them out, unsharded, without vocabulary padding."""
 
-    def place_name(self, parameter: Parameter) -> str:
-        """Return where a message should point to: a key, or a rank file and a name in it."""
+    def place_name(self, parameter: Parameter, index: Sequence[int] = ()) -> str:
+        """Return where the value at `index` (the first by default) is kept: a key, or a rank file and a name in it."""
 
 
 def parse_groups(groups: Sequence[Mapping[str, Any]], where: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -95,7 +95,8 @@ def parse_groups(groups: Sequence[Mapping[str, Any]], where: str) -> tuple[dict[
     """
     found: dict[bool, dict[str, Any]] = {}
     for group in groups:
-        plain = {key: value for key, value in group.items() if key not in ("params", "is_expert_parallel")}
+        taken = {key: value for key, value in group.items() if key not in ("params", "is_expert_parallel")}
+        plain = require_plain(taken, f"{where}: a parameter group") or {}
         multiplier = plain.get("wd_mult", plain.get("pre_wd_mult"))
         odd = [key for key, value in _NEUTRAL.items() if plain.get(key, plain.get(f"pre_{key}", value)) != value]
         if multiplier not in (0.0, 1.0) or odd:
@@ -191,16 +192,22 @@ class OptimizerReader:
 
     def _check_master(self, parameter: Parameter, master: Tensor, begin: int, end: int) -> None:
         weight = self._weights.rows(parameter, begin, end)
-        rounded = master.to(weight.dtype)
-        if torch.equal(rounded.contiguous().view(torch.uint8), weight.contiguous().view(torch.uint8)):
+        differs = (_bytes(master.to(weight.dtype)) != _bytes(weight)).any(dim=-1)
+        if not differs.any():
             return
-        row = begin + int((rounded != weight).reshape(end - begin, -1).any(dim=1).nonzero()[0])
+        row, *rest = (int(number) for number in differs.nonzero()[0])
+        index = (begin + row, *rest)
         raise MismatchError(
-            f"{self.source.place_name(parameter)}: the master weight does not round to the model's weight (first in "
-            f"row {row} of {parameter.megatron_name}): the optimizer state is damaged or of another model. Up to 0.19, "
-            "Megatron-Core saves it at shifted offsets where gradients have several buckets (tied embeddings with "
-            f"pp > 1, overlap_grad_reduce). Use another checkpoint, {WITHOUT_OPTIMIZER}"
+            f"{self.source.place_name(parameter, index)}: the master weight does not round to the model's weight "
+            f"(first at {index} of {parameter.megatron_name}): the optimizer state is damaged or of another model. Up "
+            "to 0.19, Megatron-Core saves it at shifted offsets where gradients have several buckets (tied embeddings "
+            f"with pp > 1, overlap_grad_reduce). Use another checkpoint, {WITHOUT_OPTIMIZER}"
         )
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """Return the bytes of each value along a last axis of their own."""
+    return tensor.contiguous().view(torch.uint8).reshape(*tensor.shape, tensor.element_size())
 
 
 def iteration_of(content: Mapping[str, Any], where: str) -> int:
@@ -213,6 +220,28 @@ def iteration_of(content: Mapping[str, Any], where: str) -> int:
     if type(iteration) is not int or iteration < 0:
         raise CorruptInputError(f"{where}: iteration is {iteration!r}, expected a number of steps")
     return iteration
+
+
+def require_plain(value: object, what: str) -> dict[str, Any] | None:
+    """Return `value` if it is a dictionary of numbers, texts and tensors, or None.
+
+    Raises:
+        CorruptInputError: it is something else.
+    """
+    if value is None:
+        return None
+    leaves = [value]
+    while leaves:
+        leaf = leaves.pop()
+        if isinstance(leaf, Mapping):
+            leaves += leaf.values()
+        elif isinstance(leaf, list | tuple):
+            leaves += leaf
+        elif not isinstance(leaf, str | int | float | bool | Tensor | torch.dtype | None):
+            raise CorruptInputError(f"{what}: holds a {type(leaf).__name__}, expected plain data; {WITHOUT_OPTIMIZER}")
+    if not isinstance(value, dict):
+        raise CorruptInputError(f"{what}: {type(value).__name__}, expected a dictionary; {WITHOUT_OPTIMIZER}")
+    return value
 
 
 def require_tensor(value: object, shape: Sequence[int], what: str) -> Tensor:

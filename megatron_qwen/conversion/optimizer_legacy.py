@@ -20,7 +20,7 @@ from megatron_qwen.checkpoint.torch_file import TensorPlace, locate, open_torch_
 from megatron_qwen.conversion.byte_ranges import read_values
 from megatron_qwen.conversion.legacy import LegacyFolder, read_rows, shard_runs
 from megatron_qwen.conversion.legacy_files import RankContent
-from megatron_qwen.conversion.legacy_layout import LocalTensor, RankFile
+from megatron_qwen.conversion.legacy_layout import RANK_FILE, LocalTensor, RankFile
 from megatron_qwen.conversion.optimizer import (
     ROLES,
     WITHOUT_OPTIMIZER,
@@ -29,6 +29,7 @@ from megatron_qwen.conversion.optimizer import (
     Role,
     iteration_of,
     parse_groups,
+    require_plain,
     require_tensor,
     with_step,
 )
@@ -36,6 +37,7 @@ from megatron_qwen.conversion.optimizer_layout import Buffer, Group, Member, def
 from megatron_qwen.conversion.parameters import Parameter
 from megatron_qwen.conversion.transforms import TRANSFORMS, unpad_rows
 from megatron_qwen.errors import CorruptInputError, IncompleteInputError, MismatchError
+from megatron_qwen.strict_json import listing
 
 DISTRIBUTED_FILE = "distrib_optim.pt"
 
@@ -103,9 +105,17 @@ class LegacyOptimizer:
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         return unpad_rows(whole, end - begin, self.place_name(parameter), begin)
 
-    def place_name(self, parameter: Parameter) -> str:
-        """Return the first rank file that holds a part, and its name there."""
-        return self._copies[parameter][0][0].name
+    def place_name(self, parameter: Parameter, index: Sequence[int] = ()) -> str:
+        """Return the first rank file that holds the value at `index`, and the parameter's name there."""
+        shards, axis = self._copies[parameter], parameter.family.shard_axis
+        number = 0
+        if index and axis == 1:
+            number = index[1] // shards[0][0].places["exp_avg"].shape[1]
+        elif index and axis == 0:
+            rows = len(shards) * shards[0][0].places["exp_avg"].shape[0]
+            pieces = TRANSFORMS[parameter.family.transform].num_pieces
+            number, _, _ = next(shard_runs(index[0], index[0] + 1, rows, len(shards), pieces))
+        return shards[number][0].name
 
     def files(self) -> set[Path]:
         """Return the files that hold the tensors."""
@@ -116,11 +126,11 @@ class LegacyOptimizer:
         lacking = [each for file in expected for chunk in file.chunks for each in chunk.tensors if not self._has(each)]
         if lacking:
             names = sorted({tensor.parameter.megatron_name for tensor in lacking})
-            absent = [file.folder for file in expected if not _has_state(folder.contents.get(file.folder))]
+            file_name = DISTRIBUTED_FILE if self.state.kind == "distributed" else RANK_FILE
+            absent = [file.folder for file in expected if not (self.path / file.folder / file_name).is_file()]
             raise IncompleteInputError(
                 f"{self.path}: no optimizer state for a part of {len(names)} parameters, first {names[0]}. Rank "
-                f"folders without optimizer state: {', '.join(absent) or 'none'}. Copy what is missing, "
-                f"{WITHOUT_OPTIMIZER}"
+                f"folders without {file_name}: {listing(absent) or 'none'}. Copy what is missing, {WITHOUT_OPTIMIZER}"
             )
 
     def _has(self, tensor: LocalTensor) -> bool:
@@ -137,12 +147,6 @@ def open_legacy_optimizer(folder: LegacyFolder) -> LegacyOptimizer | None:
     if any(content.content.get("optimizer") is not None for content in folder.contents.values()):
         return LegacyOptimizer(folder)
     return None
-
-
-def _has_state(content: RankContent | None) -> bool:
-    return content is not None and (
-        (content.file.parent / DISTRIBUTED_FILE).is_file() or content.content.get("optimizer") is not None
-    )
 
 
 class _OptimizerFile:
@@ -174,8 +178,8 @@ class _OptimizerFile:
             kind=self._kind(),
             decay=with_step(decay, self._tensor_step(), self.name),
             no_decay=with_step(no_decay, self._tensor_step(), self.name),
-            scheduler=content.content.get("opt_param_scheduler"),
-            grad_scaler=self._parts[0].get("grad_scaler"),
+            scheduler=require_plain(content.content.get("opt_param_scheduler"), f"{self.name}: opt_param_scheduler"),
+            grad_scaler=require_plain(self._read(self._parts[0].get("grad_scaler")), f"{self.name}: grad_scaler"),
             is_chained=len(self._parts) > 1,
             iteration=iteration_of(content.content, self.name),
         )
@@ -211,11 +215,17 @@ class _OptimizerFile:
         for inner in self._inner:
             for values in inner.get("state", {}).values():
                 step = values.get("step")
-                if isinstance(step, Tensor) and step.device.type == "meta":
-                    place = locate(self._content.file, step, "step")
-                    return read_values(place.file, place.offset, place.dtype, 1)
-                return step
+                return self._read(step)
         return None
+
+    def _read(self, value: Any) -> Any:
+        """Return plain data with the small tensors in it read into memory."""
+        if isinstance(value, dict):
+            return {key: self._read(each) for key, each in value.items()}
+        if not isinstance(value, Tensor):
+            return value
+        place = locate(self._content.file, value, "a value of the optimizer")
+        return read_values(place.file, place.offset, place.dtype, value.numel()).reshape(value.shape)
 
     def _groups(self, inner: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         groups = inner.get("param_groups")

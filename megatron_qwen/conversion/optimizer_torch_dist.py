@@ -12,9 +12,6 @@ parameter is where in them.
 
 from __future__ import annotations
 
-import argparse
-import io
-import pickle
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +22,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_qwen.checkpoint.pickles import COMMON_KEY, COMMON_NAME, read_metadata
+from megatron_qwen.checkpoint.torch_file import open_torch_bytes
 from megatron_qwen.conversion.chunks import ChunkReader
 from megatron_qwen.conversion.optimizer import (
     WITHOUT_OPTIMIZER,
@@ -34,6 +32,7 @@ from megatron_qwen.conversion.optimizer import (
     Role,
     iteration_of,
     parse_groups,
+    require_plain,
     with_step,
 )
 from megatron_qwen.conversion.parameters import Parameter, StoredPlace
@@ -41,7 +40,7 @@ from megatron_qwen.conversion.pieces import TensorRows
 from megatron_qwen.conversion.plan import PlannedParameter, find_places
 from megatron_qwen.conversion.torch_dist_output import ChunkRows
 from megatron_qwen.conversion.transforms import unpad_rows
-from megatron_qwen.errors import CorruptInputError, IncompleteInputError, MismatchError, UnsafeInputError
+from megatron_qwen.errors import CorruptInputError, IncompleteInputError, MismatchError
 from megatron_qwen.model.config import QwenConfig
 from megatron_qwen.strict_json import listing
 
@@ -113,7 +112,7 @@ class TorchDistOptimizer:
         )
         return unpad_rows(box.reshape(last - begin, *rest), end - begin, key, begin)
 
-    def place_name(self, parameter: Parameter) -> str:
+    def place_name(self, parameter: Parameter, index: Sequence[int] = ()) -> str:
         """Return the folder and the key of its first moment."""
         return f"{self.path}: {self._key(parameter, 'exp_avg')[0]}"
 
@@ -184,28 +183,19 @@ def read_common(path: Path, metadata: Metadata) -> dict[str, Any]:
         CorruptInputError: it is damaged.
     """
     if (path / COMMON_NAME).is_file():
-        return _plain(_load((path / COMMON_NAME).read_bytes(), f"{path / COMMON_NAME}"), f"{path / COMMON_NAME}")
+        return _plain(
+            open_torch_bytes((path / COMMON_NAME).read_bytes(), f"{path / COMMON_NAME}"), f"{path / COMMON_NAME}"
+        )
     for index, storage in metadata.storage_data.items():
         if index.fqn == COMMON_KEY:
             where = f"{path / storage.relative_path}: object {COMMON_KEY}"
             with (path / storage.relative_path).open("rb") as stream:
                 stream.seek(storage.offset)
-                found = _load(stream.read(storage.length), where)
+                found = open_torch_bytes(stream.read(storage.length), where)
             return _plain(found[0] if isinstance(found, list) and len(found) == 1 else found, where)
     raise IncompleteInputError(
         f"{path}: neither {COMMON_NAME} nor {COMMON_KEY}, which hold the optimizer's step and rates"
     )
-
-
-def _load(raw: bytes, where: str) -> Any:
-    try:
-        with torch.serialization.safe_globals([io.BytesIO, argparse.Namespace]):
-            return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise UnsafeInputError(f"{where}: cannot be opened as plain data and may run code: {reason}") from None
-    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CorruptInputError(f"{where}: damaged: {error}") from None
 
 
 def _plain(found: Any, where: str) -> dict[str, Any]:
@@ -227,8 +217,8 @@ def _parse_common(common: Mapping[str, Any], kind: Kind, where: str) -> Optimize
         kind=kind,
         decay=with_step(decay, step, where),
         no_decay=with_step(no_decay, step, where),
-        scheduler=common.get("opt_param_scheduler"),
-        grad_scaler=parts[0].get("grad_scaler"),
+        scheduler=require_plain(common.get("opt_param_scheduler"), f"{where}: opt_param_scheduler"),
+        grad_scaler=require_plain(parts[0].get("grad_scaler"), f"{where}: grad_scaler"),
         is_chained=len(parts) > 1,
         iteration=iteration_of(common, where),
     )

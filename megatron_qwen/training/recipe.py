@@ -361,7 +361,7 @@ class Recipe(RecipeGroup):
         if not self.out:
             yield "out: empty, expected a folder"
         if self.checkpoint.optimizer_format == "dp_reshardable" and not self.optimizer.distributed:
-            yield "checkpoint.optimizer_format: dp_reshardable needs the distributed optimizer; set optimizer.distributed"
+            yield "checkpoint.optimizer_format: got dp_reshardable, which needs optimizer.distributed"
 
     def num_microbatches(self, dp: int) -> int:
         """Return the micro-batches each rank runs per step with `dp` data-parallel ranks.

@@ -14,8 +14,6 @@ from megatron_qwen.conversion.legacy_layout import folder_name
 from megatron_qwen.model.config import QwenConfig
 from megatron_qwen.parallel.layout import ParallelLayout
 
-LEARNING_RATE = 1e-2
-
 
 @dataclass
 class Stock:
@@ -70,6 +68,8 @@ def build(
     distributed: bool = True,
     dtype: torch.dtype = torch.bfloat16,
     bucket_size: int | None = None,
+    lr: float = 1e-2,
+    min_lr: float | None = None,
 ) -> Stock:
     """Megatron's model with Megatron's local spec, DDP and optimizer; of ours only the configuration."""
     from megatron.core import parallel_state
@@ -104,7 +104,8 @@ def build(
         chunks.append(DistributedDataParallel(transformer_config, ddp_config, model, disable_bucketing=bool(stage)))
     optimizer_config = OptimizerConfig(
         optimizer="adam",
-        lr=LEARNING_RATE,
+        lr=lr,
+        min_lr=min_lr,
         weight_decay=0.1,
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
@@ -165,6 +166,27 @@ def load_torch_dist(stock: Stock, folder: Path, step: int, *, distributed: bool)
     stock.optimizer.load_state_dict(fit_to_optimizers(loaded["optimizer"], stock.optimizer))
 
 
+def scheduler_state(optimizer: Any, step: int) -> dict[str, Any]:
+    """Return what Megatron-LM saves of its schedule, which counts samples."""
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=1e-2,
+        min_lr=0.0,
+        lr_warmup_steps=0,
+        lr_decay_steps=1600,
+        lr_decay_style="constant",
+        start_wd=0.1,
+        end_wd=0.1,
+        wd_incr_steps=1600,
+        wd_incr_style="constant",
+    )
+    scheduler.num_steps = 16 * step
+    return dict(scheduler.state_dict())
+
+
 def _rank_folder(folder: Path, step: int, layout: ParallelLayout) -> Path:
     from megatron.core import parallel_state
 
@@ -183,16 +205,23 @@ def save_legacy(stock: Stock, config: QwenConfig, folder: Path, step: int, *, di
 
     from megatron_qwen.conversion.side_files import megatron_lm_args
 
-    arguments = vars(megatron_lm_args(config, stock.layout, ckpt_format="torch", transformer_impl="local"))
+    arguments = {
+        **vars(megatron_lm_args(config, stock.layout, ckpt_format="torch", transformer_impl="local")),
+        "consumed_train_samples": 16 * step,
+        "global_batch_size": 16,
+        "seq_length": 8,
+    }
     keys = ["model"] if len(stock.chunks) == 1 else [f"model{number}" for number in range(len(stock.chunks))]
     state: dict[str, Any] = {
-        "args": Namespace(**{**arguments, "consumed_train_samples": 16 * step, "global_batch_size": 16}),
+        "args": Namespace(
+            **{**arguments, "consumed_train_samples": 16 * step, "global_batch_size": 16, "seq_length": 8}
+        ),
         "checkpoint_version": 3.0,
         "iteration": step,
         "num_floating_point_operations_so_far": 0,
         **{key: chunk.module.state_dict_for_save_checkpoint() for key, chunk in zip(keys, stock.chunks, strict=True)},
         "optimizer": stock.optimizer.state_dict(),
-        "opt_param_scheduler": {"max_lr": LEARNING_RATE, "num_steps": 16 * step},
+        "opt_param_scheduler": scheduler_state(stock.optimizer, step),
         "rng_state": [{"torch_rng_state": torch.get_rng_state(), "rng_tracker_states": {}}],
     }
     place = _rank_folder(folder, step, stock.layout)

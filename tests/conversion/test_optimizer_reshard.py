@@ -174,7 +174,26 @@ def first_group(root: Path) -> dict[str, Any]:
         stock.save_legacy(built, case.config, root / name / "legacy", 2, distributed=case.distributed)
     for name in RUNS:
         train(run_options(root, name, "run"), stop_at=2)
+    values = run_options(root, "dense", "bucket_space")
+    values["checkpoint"]["optimizer_format"] = "dp_reshardable"
+    train(values, stop_at=1)
+    save_foreign(root)
     return results
+
+
+def save_foreign(root: Path) -> None:
+    """Save a model of our trainer's as Megatron-LM would have trained it, after two steps."""
+    from megatron_qwen.training.source import resolve_source
+
+    recipe = training_runs.recipe_of(run_options(root, "dense", "foreign"))
+    config, adam = resolve_source(recipe).config, recipe.optimizer
+    built = stock.build(config, ParallelLayout(pp=2), lr=adam.lr, min_lr=adam.final_lr)
+    built.step(1)
+    built.step(2)
+    stock.save_legacy(built, config, root / "dense" / "foreign_legacy", 2, distributed=True)
+    if torch.distributed.get_rank() == 0:
+        (root / "dense" / "foreign_legacy" / "hf").mkdir()
+        (root / "dense" / "foreign_legacy" / "hf" / "config.json").write_text(json.dumps(config.to_hf()))
 
 
 def reshard_all(root: Path) -> None:
@@ -198,6 +217,7 @@ def reshard_all(root: Path) -> None:
             reshard(before, root / name / f"hop{number}", ckpt_format="torch", layout=layout, **QUIET)
             before = root / name / f"hop{number}"
         reshard(before, root / name / "back", **QUIET)
+    reshard(root / "dense" / "foreign_legacy", root / "dense" / "foreign", **QUIET)
 
 
 def second_group(root: Path) -> dict[str, Any]:
@@ -221,6 +241,8 @@ def second_group(root: Path) -> dict[str, Any]:
         )
         for folder in ("direct", "back"):
             train(run_options(root, name, folder))
+    everything = ["model", "tokenizer", "data", "batch", "seed", "optimizer", "schedule"]
+    results["foreign"] = train(run_options(root, "dense", "foreign"), allow_changed=everything)
     return results
 
 
@@ -270,6 +292,15 @@ def test_a_run_goes_on_from_the_resharded_checkpoint_as_from_its_own(outcome, na
     assert direct[2:] == back
     record = json.loads((root / name / "back" / "iter_0000004" / "step.json").read_text())
     assert record["common"]["progress"]["tokens"] == 4 * training_runs.BATCH * training_runs.SEQ_LENGTH
+
+
+@pytest.mark.multirank
+def test_our_trainer_goes_on_from_a_run_of_megatron_lm(outcome):
+    root, _, second = outcome
+    record = json.loads((root / "dense" / "foreign" / "iter_0000002" / "step.json").read_text())
+    assert record["common"]["progress"]["tokens"] == 2 * 16 * 8
+    assert [results["foreign"]["resumed_from"] for results in second] == [2, 2]
+    assert [results["foreign"]["steps"] for results in second] == [4, 4]
 
 
 @pytest.mark.multirank
