@@ -68,8 +68,11 @@ def _model_arguments(config: QwenConfig) -> dict[str, Any]:
         "seq_length": config.max_position_embeddings,
         "max_position_embeddings": config.max_position_embeddings,
         "normalization": "RMSNorm",
+        # Older releases call these two the first name of each pair, newer ones the second.
         "norm_epsilon": config.rms_norm_eps,
+        "layernorm_epsilon": config.rms_norm_eps,
         "apply_layernorm_1p": False,
+        "layernorm_zero_centered_gamma": False,
         "swiglu": True,
         "squared_relu": False,
         "add_bias_linear": False,
@@ -150,6 +153,7 @@ _FAMILY: tuple[tuple[str, Any, str], ...] = (
     ("add_qkv_bias", True, "biases on query, key and value"),
     ("add_bias_linear", False, "no other biases"),
     ("apply_layernorm_1p", False, "norm weights as they are"),
+    ("layernorm_zero_centered_gamma", False, "norm weights as they are"),
     ("qk_layernorm", False, "no norms on query and key (Qwen3 has them)"),
     ("multi_latent_attention", False, "no latent attention"),
     ("mtp_num_layers", None, "no multi-token prediction"),
@@ -158,7 +162,7 @@ _FAMILY: tuple[tuple[str, Any, str], ...] = (
     ("moe_router_score_function", "softmax", "a softmax router"),
 )
 _NEEDED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "max_position_embeddings")
-_NEEDED_TOO = ("norm_epsilon", "rotary_base", "padded_vocab_size", "untie_embeddings_and_output_weights")
+_NEEDED_TOO = ("layernorm_epsilon", "rotary_base", "padded_vocab_size", "untie_embeddings_and_output_weights")
 _NEEDED_BY_MOE = ("moe_router_topk", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
 
 
@@ -174,6 +178,10 @@ def config_from_args(arguments: argparse.Namespace, where: str) -> tuple[QwenCon
         ConfigError: they describe a model that is not of this family.
     """
     is_moe = getattr(arguments, "num_experts", None) is not None
+    if getattr(arguments, "layernorm_epsilon", None) is None:
+        arguments = argparse.Namespace(
+            **{**vars(arguments), "layernorm_epsilon": getattr(arguments, "norm_epsilon", None)}
+        )
     needed = (*_NEEDED, *_NEEDED_TOO, *(_NEEDED_BY_MOE if is_moe else ()))
     absent = [name for name in needed if getattr(arguments, name, None) is None]
     if absent:
@@ -199,7 +207,7 @@ def config_from_args(arguments: argparse.Namespace, where: str) -> tuple[QwenCon
         num_attention_heads=arguments.num_attention_heads,
         num_key_value_heads=arguments.num_query_groups if has_groups else arguments.num_attention_heads,
         max_position_embeddings=arguments.max_position_embeddings,
-        rms_norm_eps=arguments.norm_epsilon,
+        rms_norm_eps=arguments.layernorm_epsilon,
         rope_theta=float(arguments.rotary_base),
         rope_scaling=_scaling_from_args(arguments),
         tie_word_embeddings=not arguments.untie_embeddings_and_output_weights,
