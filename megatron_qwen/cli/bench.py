@@ -113,6 +113,9 @@ def convert(
     dry_run_model: Annotated[
         str, typer.Option(help="Shape of the sparse checkpoint that is planned with --dry-run.")
     ] = "qwen2.5-14b",
+    only: Annotated[
+        list[str] | None, typer.Option(help="A line of the table; may be given again. [default: all]")
+    ] = None,
     scratch: Annotated[Path | None, typer.Option(help="Where to convert. [default: for temporary files]")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for convert.json, convert.csv (appended) and convert.png.")
@@ -135,6 +138,7 @@ def convert(
         legacy=legacy,
         large=large,
         dry_run_model=dry_run_model,
+        only=tuple(only or ()),
         scratch=scratch,
     )
     with Progress(console=Console(stderr=True), transient=True) as progress:

@@ -83,6 +83,7 @@ CEILINGS = (
     Entrant(name=SYNCED_COPY, contestant=COPY, reads=HF, makes=HF, arguments={"fsync": True}),
 )
 PEERS = (Entrant(name="transformers", contestant="transformers", reads=HF, makes=HF),)
+PLANNED = (Entrant(name=DRY_RUN, contestant="dry-run", reads=HF, makes=TORCH_DIST),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +99,7 @@ class ConvertBench:
         legacy: convert to and from per-rank files, TP 2 by PP 2, too.
         large: also a generated checkpoint of the 3B shape (6.2 GB), without peer.
         dry_run_model: of the sparse checkpoint that is only planned.
+        only: names of entrants; empty for all.
         scratch: existing folder on the disk to measure; None for that of temporary files.
 
     Raises:
@@ -112,6 +114,7 @@ class ConvertBench:
     legacy: bool = False
     large: bool = False
     dry_run_model: str = "qwen2.5-14b"
+    only: tuple[str, ...] = ()
     scratch: Path | None = None
 
     def __post_init__(self) -> None:
@@ -124,6 +127,15 @@ class ConvertBench:
                 raise ConfigError(f"{name}: got {value}, expected at least 1")
         if self.scratch is not None and not self.scratch.is_dir():
             raise ConfigError(f"--scratch: {self.scratch} is no folder")
+        names = [entrant.name for entrant in self._all()]
+        for name in self.only:
+            if name not in names:
+                raise ConfigError(f"--only {name!r}: expected one of {names}" + " or --legacy" * (not self.legacy))
+        chosen = self._chosen(self._all())
+        made = {HF, *(entrant.makes for entrant in chosen if entrant.name != DRY_RUN)}
+        for entrant in chosen:
+            if entrant.reads not in made:
+                raise ConfigError(f"--only {entrant.name!r}: nothing makes what it reads; add the import")
 
     def run(self, advance: Callable[[str], None] = lambda what: None) -> ConversionBenchmark:
         """Measure everything.
@@ -150,30 +162,48 @@ class ConvertBench:
             device=device_name(), commit=git_commit(), taken=now(), setting=setting, notes=notes, rows=tuple(rows)
         )
 
+    def num_steps(self) -> int:
+        """Return how often `run` tells `advance` that something begins, at most."""
+        lines = len(self._chosen(self._all())) + len(self._chosen(PLAIN + VERIFIED + CEILINGS)) * self.large
+        return lines * self.rounds + self.large + (self.source is None)
+
+    def _all(self) -> tuple[Entrant, ...]:
+        return (*PLAIN, *VERIFIED, *(LEGACY if self.legacy else ()), *CEILINGS, *PEERS, *PLANNED)
+
+    def _chosen(self, entrants: Iterable[Entrant]) -> tuple[Entrant, ...]:
+        chosen = [each for each in entrants if not self.only or each.name in self.only]
+        if self.threads is None:
+            return tuple(chosen)
+        threads = {"threads": self.threads}
+        return tuple(
+            replace(each, arguments={**each.arguments, **threads}) if each.is_ours else each for each in chosen
+        )
+
     def _dry_run(self, scratch: Path, advance: Callable[[str], None]) -> tuple[list[ConversionRow], tuple[str, ...]]:
+        if not self._chosen(PLANNED):
+            return [], ()
         source = scratch / "sparse"
         write_shaped_hf(source, find_config(self.dry_run_model, layers=None, seq_length=1), is_sparse=True)
         num_bytes = folder_bytes(source)
         if not has_room(scratch, num_bytes):
             # The plan proves that the disk has room, so it cannot be made here.
             return [], (f"{DRY_RUN} of {self.dry_run_model}: left out, {num_bytes:,} bytes are not free on the disk",)
-        entrant = Entrant(name=DRY_RUN, contestant="dry-run", reads=HF, makes=TORCH_DIST)
-        rows = measure(self.dry_run_model + " (sparse)", source, (entrant,), self.rounds, scratch, advance)
+        rows = measure(self.dry_run_model + " (sparse)", source, PLANNED, self.rounds, scratch, advance)
         shutil.rmtree(source)
         return rows, ()
 
     def _main(self, scratch: Path, advance: Callable[[str], None]) -> list[ConversionRow]:
-        entrants = self._with_threads((*PLAIN, *VERIFIED, *(LEGACY if self.legacy else ())))
-        entrants += (*CEILINGS, *PEERS)
-        if self.source is not None:
-            require_room(scratch, 2 * folder_bytes(self.source), "converting there and back")
-            return measure(self.source.resolve().name, self.source, entrants, self.rounds, scratch, advance)
-        assert self.model is not None
-        return self._generated(self.model, self.layers, entrants, scratch, advance)
+        entrants = self._chosen(each for each in self._all() if each.name != DRY_RUN)
+        if self.source is None:
+            assert self.model is not None
+            return self._generated(self.model, self.layers, entrants, scratch, advance)
+        require_room(scratch, 2 * folder_bytes(self.source), "converting there and back")
+        return measure(self.source.resolve().name, self.source, entrants, self.rounds, scratch, advance)
 
     def _large(self, scratch: Path, advance: Callable[[str], None]) -> list[ConversionRow]:
-        entrants = (*self._with_threads((*PLAIN, *VERIFIED)), *CEILINGS)
-        return self._generated(LARGE_MODEL, None, entrants, scratch, advance) if self.large else []
+        if not self.large:
+            return []
+        return self._generated(LARGE_MODEL, None, self._chosen(PLAIN + VERIFIED + CEILINGS), scratch, advance)
 
     def _generated(
         self,
@@ -192,17 +222,6 @@ class ConvertBench:
         rows = measure(name, source, entrants, self.rounds, scratch, advance)
         shutil.rmtree(source)
         return rows
-
-    def _with_threads(self, entrants: Sequence[Entrant]) -> tuple[Entrant, ...]:
-        if self.threads is None:
-            return tuple(entrants)
-        return tuple(replace(each, arguments={**each.arguments, "threads": self.threads}) for each in entrants)
-
-    def num_steps(self) -> int:
-        """Return how often `run` tells `advance` that something begins, at most."""
-        lines = len(PLAIN + VERIFIED + CEILINGS + PEERS) + len(LEGACY) * self.legacy + 1
-        lines += len(PLAIN + VERIFIED + CEILINGS) * self.large
-        return lines * self.rounds + self.large + (self.source is None)
 
 
 @dataclass(frozen=True, kw_only=True)
