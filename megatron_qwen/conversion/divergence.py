@@ -210,11 +210,16 @@ def compare_logits(
     report = replace(report, text=is_text)
     engines = _Engines()
     if against == "megatron":
-        return _Comparison(left, right, engines, MegatronTeacher(left, engines, ids_S)).run(ids_S, report, progress)
-    if not isinstance(left, HfFolder):
+        teacher = MegatronTeacher(left, engines, ids_S)
+        report = _Comparison(left, right, engines, teacher).run(ids_S, report, progress)
+    elif isinstance(left, HfFolder):
+        with TransformersTeacher(left.path, ids_S) as referee:
+            report = _Comparison(left, right, engines, referee).run(ids_S, report, progress)
+    else:
         raise ConfigError(f"{a}: transformers runs Hugging Face folders; give one as A, the checkpoint to judge as B")
-    with TransformersTeacher(left.path, ids_S) as teacher:
-        return _Comparison(left, right, engines, teacher).run(ids_S, report, progress)
+    for source in (left, right):
+        source.check_unchanged()
+    return report
 
 
 _TOLERANCES = {"megatron": DEFAULT_TOLERANCE, "transformers": REFEREE_TOLERANCE}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from megatron_qwen import conversion
 from megatron_qwen.conversion import compare_logits
 from megatron_qwen.conversion.layer_trace import measure
-from megatron_qwen.errors import ConfigError
+from megatron_qwen.errors import ConfigError, MismatchError
 from megatron_qwen.model.config import YarnScaling
 from megatron_qwen.testing.tiny import tiny_dense, tiny_moe, write_tiny_hf
 
@@ -288,6 +289,15 @@ def test_yarn_and_tied_embeddings_are_computed_as_configured(tmp_path):
     head = planted(tmp_path / "a", tmp_path / "c", exchange_rows("model.embed_tokens.weight", slice(0, 1), slice(1, 2)))
     modules = [divergence.module for divergence in compare_logits(tmp_path / "a", head, tokens=256).divergences]
     assert modules == ["embedding.word_embeddings", "output_layer"]
+
+
+def test_a_missing_bias_is_refused_by_name(tmp_path, folders):
+    missing = "model.layers.2.self_attn.k_proj.bias"
+    faulty = planted(folders["dense"], tmp_path / "b", lambda weights: weights.pop(missing))
+    with pytest.raises(
+        MismatchError, match=re.escape("model.layers.*.self_attn.k_proj.bias: missing") + f".*{missing}"
+    ):
+        compare_logits(folders["dense"], faulty)
 
 
 def test_nan_on_one_side_is_an_infinite_difference():
