@@ -33,7 +33,7 @@ from megatron_qwen.conversion.progress import progress_bar
 from megatron_qwen.conversion.report import ConversionReport, DryRun, FileSize, expected_seconds
 from megatron_qwen.conversion.resharding import reshard_files, verify_optimizer
 from megatron_qwen.conversion.staging import Staging, finish, is_finished, staged
-from megatron_qwen.conversion.target import check_disk, check_target, existing_parent, fingerprint_of
+from megatron_qwen.conversion.target import check_disk, check_target, existing_parent, fingerprint_of, follow
 from megatron_qwen.conversion.verification import verify_output
 from megatron_qwen.errors import Interrupted, MismatchError, QwenError
 from megatron_qwen.model.config import QwenConfig
@@ -214,17 +214,17 @@ class Conversion:
         if self.options.resume and is_finished(self.target, self.fingerprint, self.manifest_name):
             note = f"{self.target} was finished already; what was left beside it is deleted"
             return self._report(verify_seconds=0.0, reused=len(self.files), notes=[note])
-        check_target(self.target, overwrite=self.options.overwrite)
+        inputs = (self.source.path, *self.source.side_folders())
+        check_target(self.target, overwrite=self.options.overwrite, inputs=inputs)
         if self.plan.has_equal_output:
             self._require_equal_output()
-        with StopRequest() as stop:
+        with StopRequest() as stop, staged(self.target, self.fingerprint, resume=self.options.resume) as staging:
             try:
-                with staged(self.target, self.fingerprint, resume=self.options.resume) as staging:
-                    return self._write(staging, lambda: stop.is_set)
+                return self._write(staging, lambda: stop.is_set)
             except (Interrupted, KeyboardInterrupt):
                 raise Interrupted(
-                    f"{self.target}: interrupted; the finished files are kept in {staging.path.name}, and --resume "
-                    "goes on with them"
+                    f"{self.target}: stopped by a signal; the finished files are kept in {staging.path.name}, and "
+                    "--resume goes on with them"
                 ) from None
 
     def _write(self, staging: Staging, is_stopped: Callable[[], bool]) -> ConversionReport:
@@ -326,8 +326,10 @@ def prepare(
     """
     started = time.monotonic()
     problems: list[QwenError] = []
+    target = follow(target)
     if not options.resume:
-        _collect(problems, lambda: check_target(target, overwrite=options.overwrite))
+        inputs = (source.path, *source.side_folders())
+        _collect(problems, lambda: check_target(target, overwrite=options.overwrite, inputs=inputs))
     plan = _collect(problems, lambda: source.plan(options.torch_dtype))
     weights = CheckedWeights(source, options.torch_dtype, allow_nonfinite=options.allow_nonfinite)
     files = _collect(problems, lambda: output(source, plan, weights, options)) if plan is not None else None
