@@ -183,7 +183,7 @@ def test_another_conversion_starts_anew_and_says_what_differs(root: Path, tmp_pa
     report = convert("export", root, tmp_path / "out", resume=True, max_shard_bytes=10**9)
     assert report.reused_files == 0
     assert "nothing to resume, so the conversion starts anew" in caplog.text
-    assert f"{left.name} (differs in files)" in caplog.text
+    assert f"{left.name} (differs in files, options)" in caplog.text
     assert stale_staging(tmp_path) == [left]
 
 
