@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import io
 import pickle
+import struct
 import threading
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,19 @@ from megatron_qwen.errors import ConfigError, CorruptInputError, IncompleteInput
 # Modules of which a checkpoint may name classes and functions; none is imported, `Inert` stands for all of them.
 _INERT_MODULES = ("megatron", "numpy", "signal", "pathlib")
 _REAL: Mapping[str, type] = {"argparse.Namespace": argparse.Namespace, "_io.BytesIO": io.BytesIO}
+# What torch's reader and unpickler raise on bytes that torch.save did not write.
+_DAMAGE = (
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+)
 _MAX_PICKLE_BYTES = 2**30
 _LOCK = threading.Lock()
 
@@ -92,7 +106,7 @@ def _open(source: str | io.BytesIO, where: str, device: str) -> Any:
         raise UnsafeInputError(f"{where}: cannot be opened as plain data: {reason.splitlines()[0]}") from None
     except UnsafeInputError:
         raise
-    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+    except _DAMAGE as error:
         raise CorruptInputError(f"{where}: damaged: {type(error).__name__}: {error}") from None
 
 
