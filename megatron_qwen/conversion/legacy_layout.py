@@ -106,6 +106,10 @@ def check_legacy_layout(config: QwenConfig, layout: ParallelLayout) -> None:
     Raises:
         ConfigError: every violation.
     """
+    sizes = {name: getattr(layout, name) for name in ("tp", "pp", "vpp", "ep", "etp")}
+    wrong = [f"{name}={size}" for name, size in sizes.items() if size is not None and size < 1]
+    if wrong:
+        raise ConfigError(f"parallel layout: got {', '.join(wrong)}, expected sizes from 1")
     shape = replace(config.shape(), vocab_size=vocabulary_rows(config, layout))
     world = smallest_world(layout)
     # Whether the schedule overlaps its sends is a matter of the run that loads the files.

@@ -21,6 +21,7 @@ from megatron_qwen.conversion.legacy_layout import (
     ModelChunk,
     Naming,
     RankFile,
+    check_legacy_layout,
     rank_files,
 )
 from megatron_qwen.conversion.pieces import BLOCK_BYTES, TensorRows, row_pieces
@@ -64,6 +65,7 @@ def legacy_output(
     Raises:
         ConfigError: the layout does not fit the model, or per-rank files cannot hold it.
     """
+    check_legacy_layout(plan.config, layout)
     items = {item.parameter: item for item in plan.parameters}
     impl = "transformer_engine" if naming.fused_norms else "local"
     arguments = arguments or megatron_lm_args(plan.config, layout, ckpt_format="torch", transformer_impl=impl)

@@ -21,7 +21,7 @@ from megatron_qwen.conversion.engine import read_in_parallel
 from megatron_qwen.conversion.hf_output import companion_files, config_file
 from megatron_qwen.conversion.interfaces import OutputFile, WeightSource, bytes_file
 from megatron_qwen.conversion.legacy import LegacyFolder
-from megatron_qwen.conversion.legacy_layout import NAMINGS
+from megatron_qwen.conversion.legacy_layout import NAMINGS, check_legacy_layout
 from megatron_qwen.conversion.legacy_output import legacy_output
 from megatron_qwen.conversion.loading import open_source
 from megatron_qwen.conversion.megatron import HF_FOLDER, TRACKER_NAME, MegatronFolder
@@ -174,6 +174,7 @@ def _legacy_files(
     options: ConversionOptions,
 ) -> list[OutputFile]:
     layout, block = options.layout or ParallelLayout(), block_of(options)
+    check_legacy_layout(plan.config, layout)
     naming = NAMINGS[options.transformer_impl]
     logger.warning(
         "%s: random states are not carried into per-rank files: a resume seeds anew (Megatron-LM: give --no-load-rng)",

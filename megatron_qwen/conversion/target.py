@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,8 @@ def _stamps(folder: Path, target: Path) -> dict[str, list[int]]:
             if not name.startswith(".") and STAGING_MARK not in name and Path(root, name).resolve() != target.resolve()
         ]
         for name in names:
-            status = Path(root, name).stat()
+            path = Path(root, name)
+            status = path.stat() if path.exists() else path.lstat()  # a link may lead nowhere
             stamps[Path(root, name).relative_to(folder).as_posix()] = [status.st_size, status.st_mtime_ns]
     return dict(sorted(stamps.items()))
 
@@ -80,11 +81,26 @@ def existing_parent(path: Path) -> Path:
     return next(parent for parent in path.absolute().parents if parent.is_dir())
 
 
-def check_target(target: Path, *, overwrite: bool) -> None:
-    """Check that the target can be made, or may be replaced.
+def follow(target: Path) -> Path:
+    """Return where a target lies that is a link to a folder: that folder is made, and the link stays.
 
     Raises:
-        StorageError: it is a file, is not empty, or holds training steps.
+        StorageError: the name cannot be looked up.
+    """
+    with storage_errors(f"cannot use {target}"):
+        return target.resolve() if target.is_symlink() and target.is_dir() else target
+
+
+def check_target(target: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
+    """Check that the target can be made, or may be replaced.
+
+    Args:
+        target: the folder to be made.
+        overwrite: whether one with something in it may be replaced.
+        inputs: folders that are read, and so may not.
+
+    Raises:
+        StorageError: it is a file, is not empty, holds training steps, or is or holds or lies in an input.
     """
     with storage_errors(f"cannot use {target}"):
         if not target.exists():
@@ -98,3 +114,8 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         steps = sorted(path.name for path in target.glob("iter_*"))
         if steps:
             raise StorageError(f"{target}: holds training steps ({steps[0]} ...), which --overwrite does not delete")
+        here = target.resolve()
+        for path in inputs:
+            there = path.resolve()
+            if here == there or here in there.parents or there in here.parents:
+                raise StorageError(f"{target}: overlaps the input {path}, which is not deleted; choose another folder")

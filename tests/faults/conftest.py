@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from command_server import CommandServer
 from hostile import command
 
 from megatron_qwen.testing.tiny import tiny_dense, write_tiny_hf
@@ -38,6 +40,25 @@ def megatron_template(templates: Path) -> Path:
     return templates / "megatron"
 
 
+@pytest.fixture(scope="session")
+def legacy_template(templates: Path) -> Path:
+    """The model of `templates` as a per-rank checkpoint of two tensor and two pipeline ranks; not to be written to."""
+    options = ("--ckpt-format", "torch", "--tp", 2, "--pp", 2)
+    assert command("convert", "import", templates / "single", templates / "legacy", *options).code == 0
+    return templates / "legacy"
+
+
+@pytest.fixture
+def legacy(legacy_template: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(legacy_template, tmp_path / "legacy"))
+
+
 @pytest.fixture
 def megatron(megatron_template: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(megatron_template, tmp_path / "mg"))
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[CommandServer]:
+    with CommandServer() as running:
+        yield running

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,12 +55,6 @@ class Verb:
     def to(self, target: Path, *options: str) -> tuple[object, ...]:
         group, name, source, *others = self.arguments
         return (group, name, source, target, *others, "--json", *options)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[CommandServer]:
-    with CommandServer() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
