@@ -11,7 +11,8 @@ import argparse
 import io
 import pickle
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -188,10 +189,22 @@ def check_pickles(folder: Path, metadata: Metadata, object_keys: Iterable[str]) 
 
 def _check_pickle(raw: bytes, where: str) -> None:
     try:
-        with torch.serialization.safe_globals([io.BytesIO, argparse.Namespace]):
+        with _also_allowed(io.BytesIO, argparse.Namespace):
             torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
         raise UnsafeInputError(f"{where}: cannot be opened as plain data and may run code: {reason}") from None
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
         raise CorruptInputError(f"{where}: damaged: {error}") from None
+
+
+@contextmanager
+def _also_allowed(*classes: type) -> Iterator[None]:
+    """Let torch open `classes` too. Its own `safe_globals` would in the end take away what Megatron-Core had allowed."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.add_safe_globals(list(classes))
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
