@@ -37,7 +37,7 @@ from megatron_qwen.conversion.plan import StoredTensor
 from megatron_qwen.conversion.rows import MegatronRows, read_shard
 from megatron_qwen.conversion.side_files import config_from_args
 from megatron_qwen.conversion.transforms import TRANSFORMS, unpad_rows
-from megatron_qwen.errors import CorruptInputError, IncompleteInputError, MismatchError, UnsafeInputError
+from megatron_qwen.errors import ConfigError, CorruptInputError, IncompleteInputError, MismatchError, UnsafeInputError
 from megatron_qwen.model.config import QwenConfig
 
 logger = logging.getLogger(__name__)

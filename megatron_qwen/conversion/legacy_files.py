@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_qwen.checkpoint.inside import check_inside
 from megatron_qwen.checkpoint.strict_json import listing
 from megatron_qwen.checkpoint.torch_file import TensorPlace, locate, open_torch_file
 from megatron_qwen.conversion.legacy_layout import RANK_FILE, ModelChunk, Naming, RankFile
@@ -67,7 +68,7 @@ def open_rank_files(step_folder: Path) -> dict[str, RankContent]:
 
     Raises:
         IncompleteInputError: a folder has no rank file, or there is none.
-        UnsafeInputError, CorruptInputError: see `open_torch_file`.
+        UnsafeInputError, CorruptInputError: see `open_torch_file`; or a file is a link out of the folder.
         MismatchError: one is of a format that megatron-core never wrote.
     """
     folders = sorted(path for path in step_folder.glob("mp_rank_*") if _FOLDER.match(path.name))
@@ -79,6 +80,7 @@ def open_rank_files(step_folder: Path) -> dict[str, RankContent]:
 
 def _open(folder: Path) -> RankContent:
     file = folder / RANK_FILE
+    check_inside(folder.parent, f"{folder.name}/{RANK_FILE}", file)
     content = open_torch_file(file)
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise CorruptInputError(f"{file}: holds a {type(content).__name__}, expected a dict with `model`")
