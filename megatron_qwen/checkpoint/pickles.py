@@ -200,7 +200,7 @@ def _check_pickle(raw: bytes, where: str) -> None:
 
 @contextmanager
 def _also_allowed(*classes: type) -> Iterator[None]:
-    """Let torch open `classes` too. Its own `safe_globals` would in the end take away what Megatron-Core had allowed."""
+    """Let torch open `classes` too. Its own `safe_globals` would at the end forbid what Megatron-Core had allowed."""
     before = torch.serialization.get_safe_globals()
     torch.serialization.add_safe_globals(list(classes))
     try:

@@ -56,6 +56,8 @@ def enter(layout: ParallelLayout) -> None:
     if torch.distributed.is_initialized():
         from megatron.core import parallel_state
 
+        if groups._active == layout.resolve(torch.distributed.get_world_size()):
+            return  # dozens of gloo groups are slow to form
         parallel_state.destroy_model_parallel()
         groups._active = None
     groups.initialize(layout)
