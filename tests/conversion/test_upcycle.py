@@ -155,6 +155,16 @@ def test_the_seed_decides_every_byte_and_nothing_else_does(tmp_path, dense):
     assert again != seeded, "--resume would go on with another seed's files"
 
 
+@pytest.mark.parametrize("unit", ["parameter", "neuron"])
+def test_any_slice_of_rows_is_that_of_the_whole(dense, unit):
+    model = UpcycledModel(HfFolder(dense), recipe(expert_width=10, reinit_unit=unit, reinit_shared=True))
+    for parameter in (item for item in parameters(model.config) if item.layer == 1):
+        for index, whole in enumerate(model.hf_tensors(parameter)):
+            rows = len(whole)
+            for begin, end in ((0, 1), (rows // 2, rows), (rows // 3, rows // 2 + 1)):
+                assert torch.equal(model.hf_rows(parameter, index, begin, end), whole[begin:end]), parameter.hf_names
+
+
 def test_random_numbers_are_those_of_other_machines_and_versions(dense):
     model = UpcycledModel(HfFolder(dense), recipe(num_experts=5, seed=3, reinit=0.0))
     router, up, down = (

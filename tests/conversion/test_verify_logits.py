@@ -211,6 +211,10 @@ def test_a_planted_fault_is_named_with_layer_and_module(tmp_path, folders, name)
     # Whatever lies behind the fault is judged on its own, so nothing else is reported.
     if module != WHOLE and name not in EVERYWHERE:
         assert {divergence.layer for divergence in report.divergences} == {layer}, report.divergences
+        found = {divergence.module for divergence in report.divergences}
+        also = {"norms exchanged": {"pre_mlp_layernorm"}}.get(name, set())
+        experts = {each for each in found if each.startswith("mlp.experts")} if module.startswith(EXPERTS) else set()
+        assert found == {module} | also | experts, report.divergences
 
 
 def test_equal_models_are_equal_to_the_last_bit_in_any_format(tmp_path, folders):
