@@ -87,7 +87,13 @@ class LegacyFolder(MegatronRows):
         experts = self.config.num_experts // sizes["ep"]
         self.contents = {name: split_grouped_experts(each, experts) for name, each in self.contents.items()}
         self.layout, naming, padded_rows = find_layout(self.path, self.contents, self.config, sizes)
-        expected = self.rank_files = rank_files(self.config, self.layout, naming, padded_rows=padded_rows)
+        try:
+            expected = self.rank_files = rank_files(self.config, self.layout, naming, padded_rows=padded_rows)
+        except ConfigError as error:
+            raise MismatchError(
+                f"{self.path}: by their names and shapes the rank files are those of {self.layout}, which does not fit "
+                f"the model. Files may be missing, or config.json may be another model's. {error}"
+            ) from None
         check_contents(self.path, self.contents, expected)
         self._copies = _places(self.contents, expected)
         self._require_all_shards(expected)

@@ -232,6 +232,11 @@ def _layers_per_stage(
         for number, key in enumerate(sorted(content.chunks, key=_chunk_number)):
             layers = {int(match.group(1)) for name in content.chunks[key] if (match := _LAYER.match(name))}
             counts[number * sizes["pp"] + pipeline_rank].add(1 + max(layers, default=-1))
+    if sizes["pp"] * sizes["vpp"] > config.num_hidden_layers:
+        raise MismatchError(
+            f"{step_folder}: the rank files are those of {sizes['pp']} x {sizes['vpp']} pipeline stages, "
+            f"num_hidden_layers is {config.num_hidden_layers}"
+        )
     stages = range(sizes["pp"] * sizes["vpp"])
     missing = sorted({stage % sizes["pp"] for stage in stages if stage not in counts})
     if missing:

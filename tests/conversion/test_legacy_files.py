@@ -360,6 +360,17 @@ def test_models_before_megatron_core_are_refused_by_name(folder):
     refuse(path, MismatchError, "language_model", "megatron-core")
 
 
+@pytest.mark.parametrize("has_arguments", [True, False])
+@pytest.mark.parametrize("name", ["mp_rank_00_999999999", "mp_rank_999999999_000"])
+def test_a_folder_name_of_an_absurd_rank_is_refused_at_once(folder, name, has_arguments):
+    path = folder("dense")
+    shutil.copytree(path / "release" / "mp_rank_00_000", path / "release" / name)
+    for rank in sorted((path / "release").glob("mp_rank_*")):
+        if not has_arguments:
+            change(path, rank.name, lambda content: content.pop("args"))
+    refuse(path, MismatchError, "1000000000")
+
+
 def test_arguments_of_another_run_are_a_contradiction(folder):
     path = folder("dense")
     for rank in ("mp_rank_00_000", "mp_rank_00_001", "mp_rank_01_000", "mp_rank_01_001"):
