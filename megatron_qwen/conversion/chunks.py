@@ -7,6 +7,7 @@ some hundred bytes are opened, under an allow-list; the values that a box needs 
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import struct
 import threading
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from megatron_qwen.checkpoint.pickles import UNPICKLING_ERRORS, StrictUnpickler
 from megatron_qwen.conversion.byte_ranges import read_values
-from megatron_qwen.errors import CorruptInputError, IncompleteInputError, UnsafeInputError
+from megatron_qwen.errors import CorruptInputError, IncompleteInputError, MismatchError, UnsafeInputError
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -60,6 +61,8 @@ class ChunkReader:
             key: {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in sorted(tensor.chunks, key=lambda c: c.offsets)}
             for key, tensor in tensors.items()
         }
+        for key, tensor in tensors.items():
+            _check_tiling(folder, metadata, key, tensor)
         self._starts = {key: list(extents) for key, extents in self._extents.items()}
         self._storage: dict[tuple[str, Index], Any] = {
             (index.fqn, tuple(index.offset or ())): info
@@ -122,6 +125,37 @@ class ChunkReader:
         with self._lock:
             self._places[key, start] = place
         return place
+
+
+def _check_tiling(folder: Path, metadata: Metadata, key: str, tensor: TensorStorageMetadata) -> None:
+    """Require that the chunks of a tensor cover it exactly: each value lies in one file, and in no second.
+
+    Raises:
+        MismatchError: two chunks overlap; both files are named.
+        IncompleteInputError: they leave a gap, or reach beyond the tensor.
+    """
+    chunks = sorted((tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in tensor.chunks)
+    for number, (begin, size) in enumerate(chunks):
+        for other, extent in itertools.islice(chunks, number + 1, None):
+            if other and other[0] >= begin[0] + size[0]:
+                break
+            if all(b < a + n and a < b + m for a, n, b, m in zip(begin, size, other, extent, strict=True)):
+                files = [
+                    str(info.relative_path)
+                    for index, info in metadata.storage_data.items()
+                    if index.fqn == key and tuple(index.offset or ()) in (begin, other)
+                ]
+                raise MismatchError(
+                    f"{folder}: {key}: the chunks at {begin} and {other} overlap, in {' and '.join(files)}: two owners "
+                    "of the same values. Save the checkpoint again"
+                )
+    covered = sum(math.prod(size) for _, size in chunks)
+    is_inside = all(a + n <= total for chunk in chunks for a, n, total in zip(*chunk, tensor.size, strict=True))
+    if covered != math.prod(tensor.size) or not is_inside:
+        raise IncompleteInputError(
+            f"{folder}: {key}: its {len(chunks)} chunks hold {covered:,} values, the tensor {tuple(tensor.size)} has "
+            f"{math.prod(tensor.size):,}"
+        )
 
 
 def _read_box(path: Path, place: _Place, dtype: torch.dtype, first: int, size: list[int]) -> Tensor:
