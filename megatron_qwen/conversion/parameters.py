@@ -152,11 +152,12 @@ def is_homogeneous(config: QwenConfig) -> bool:
 def extra_state_keys(config: QwenConfig) -> list[str]:
     """Return the keys of the empty extra-state objects that a stock local-spec model asks a checkpoint for."""
     keys = []
+    stacked = is_homogeneous(config)
     for parameter in parameters(config):
         module, _, leaf = (parameter.family.stored or parameter.family.megatron).rpartition(".")
         if leaf != "weight" or module.rpartition(".")[2] not in EXTRA_STATE_MODULES:
             continue
-        place = stored_place(parameter, config, stacked=is_homogeneous(config))
+        place = stored_place(parameter, config, stacked=stacked)
         index, leading = place.index or (0,), place.leading or (1,)
         position = f"shard_{'.'.join(map(str, index))}_{'.'.join(map(str, leading))}"
         keys.append(f"{place.key.removesuffix('weight')}_extra_state/{position}")

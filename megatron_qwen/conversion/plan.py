@@ -283,11 +283,10 @@ def _dtype_problems(config: QwenConfig, entries: Mapping[str, TensorEntry], dtyp
             yield f"dtype {kind}: {len(names)} tensors, first {names[0]}; config.json says {config.torch_dtype}; {hint}"
     if dtype is not None:
         return
-    merged = (item.hf_names for item in parameters(config) if len(item.hf_names) > 1)
-    for names in merged:
-        mixed = sorted({entries[name].dtype for name in names if name in entries})
+    for item in parameters(config):
+        mixed = sorted({entries[name].dtype for name in item.hf_names if name in entries})
         if len(mixed) > 1:
-            yield f"{', '.join(names)}: differ in dtype ({listing(mixed)}), but Megatron merges them; give --dtype"
+            yield f"{', '.join(item.hf_names)}: differ in dtype ({listing(mixed)}), but Megatron merges them; give --dtype"
     if not is_homogeneous(config):
         return
     for pattern, names in _by_pattern(entries).items():

@@ -243,13 +243,18 @@ class Conversion:
         verify_seconds = 0.0
         if self.options.verify:
             began = time.monotonic()
-            verify_output(staging.output, self.plan, self.weights, threads=self.threads, is_stopped=is_stopped)
-            if self.direction == RESHARD:
-                verify_optimizer(staging.output, self.source, self.options, threads=self.threads, is_stopped=is_stopped)
+            self._verify(staging.output, is_stopped)
             verify_seconds = time.monotonic() - began
         self.source.check_unchanged()
         finish(staging, self.target, self.manifest_name, overwrite=self.options.overwrite)
         return self._report(verify_seconds=verify_seconds, reused=staging.journal.num_reused, notes=[])
+
+    def _verify(self, output: Path, is_stopped: Callable[[], bool]) -> None:
+        total = self.plan.target_bytes
+        with progress_bar("verify", self.num_tensors, total, is_shown=self.options.progress) as advance:
+            verify_output(output, self.plan, self.weights, threads=self.threads, advance=advance, is_stopped=is_stopped)
+        if self.direction == RESHARD:
+            verify_optimizer(output, self.source, self.options, threads=self.threads, is_stopped=is_stopped)
 
     def _piece_bytes(self) -> int:
         return sum(piece.num_bytes for file in self.files for piece in file.pieces)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from megatron_qwen.conversion.engine import read_in_parallel
+from megatron_qwen.conversion.engine import Advance, read_in_parallel
 from megatron_qwen.conversion.interfaces import WeightSource
 from megatron_qwen.conversion.loading import open_source
 from megatron_qwen.conversion.numerics import CheckedWeights
@@ -24,6 +25,7 @@ def verify_output(
     weights: CheckedWeights,
     *,
     threads: int,
+    advance: Advance = lambda tensors, num_bytes: None,
     is_stopped: Callable[[], bool] = lambda: False,
 ) -> None:
     """Compare each Hugging Face tensor of the output, bit for bit, with the source (after the cast asked for).
@@ -33,6 +35,7 @@ def verify_output(
         plan: what was converted.
         weights: the source.
         threads: that read.
+        advance: told (tensors, bytes) done, from one thread at a time.
         is_stopped: asked before each tensor.
 
     Raises:
@@ -40,8 +43,14 @@ def verify_output(
         Interrupted: `is_stopped` said so.
     """
     output = open_source(folder, allow_pickle=True, allow_unfinished=True)  # our own files
+    lock = threading.Lock()
+
+    def count(tensors: int, num_bytes: int) -> None:
+        with lock:
+            advance(tensors, num_bytes)
+
     work = [
-        partial(_compare, item, index, output, weights, is_stopped)
+        partial(_compare, item, index, output, weights, count, is_stopped)
         for item in plan.parameters
         for index in range(len(item.parameter.hf_names))
     ]
@@ -49,7 +58,12 @@ def verify_output(
 
 
 def _compare(
-    item: PlannedParameter, index: int, output: WeightSource, weights: CheckedWeights, is_stopped: Callable[[], bool]
+    item: PlannedParameter,
+    index: int,
+    output: WeightSource,
+    weights: CheckedWeights,
+    advance: Advance,
+    is_stopped: Callable[[], bool],
 ) -> None:
     parameter = item.parameter
     rows = parameter.hf_shapes[index][0]
@@ -66,3 +80,4 @@ def _compare(
                 f"{parameter.hf_names[index]}: rows {begin} to {end} of the output are not those of the source. The "
                 "disk or the memory of this machine returned other bytes than it was given; the output is deleted"
             )
+        advance(int(end == rows), found.nbytes)
