@@ -286,11 +286,12 @@ def _dtype_problems(config: QwenConfig, entries: Mapping[str, TensorEntry], dtyp
     for item in parameters(config):
         mixed = sorted({entries[name].dtype for name in item.hf_names if name in entries})
         if len(mixed) > 1:
-            yield f"{', '.join(item.hf_names)}: differ in dtype ({listing(mixed)}), but Megatron merges them; give --dtype"
+            merged = ", ".join(item.hf_names)
+            yield f"{merged}: differ in dtype ({listing(mixed)}), but Megatron merges them; give --dtype"
     if not is_homogeneous(config):
         return
-    for pattern, names in _by_pattern(entries).items():
-        mixed = sorted({entries[name].dtype for name in names})
+    for pattern, group in _by_pattern(entries).items():
+        mixed = sorted({entries[name].dtype for name in group})
         if len(mixed) > 1:
             yield f"{pattern}: layers differ in dtype ({listing(mixed)}), but a checkpoint stacks them; give --dtype"
 
