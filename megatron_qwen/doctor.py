@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_qwen.errors import ConfigError, StorageError
+from megatron_qwen.leftovers import Leftover, find_leftovers
 
 # distribution: (required, what it means when it is missing)
 PACKAGES: dict[str, tuple[bool, str]] = {
@@ -65,8 +66,8 @@ class Diagnosis:
     gpus: tuple[dict[str, Any], ...]
     nvcc: str | None
     choices: tuple[Choice, ...]
-    searched: str
-    leftovers: tuple[str, ...]
+    searched: tuple[str, ...]
+    leftovers: tuple[Leftover, ...]
     problems: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -74,16 +75,17 @@ class Diagnosis:
         return asdict(self)
 
 
-def diagnose(folder: Path) -> Diagnosis:
-    """Look at this environment, and for half-written outputs under `folder`.
+def diagnose(*folders: Path) -> Diagnosis:
+    """Look at this environment, and for half-written outputs under `folders`.
 
     Raises:
-        StorageError: `folder` is not a folder.
+        StorageError: one of them is not a folder.
     """
     import psutil
 
-    if not folder.is_dir():
-        raise StorageError(f"{folder}: not a folder; give the one to search for half-written outputs")
+    for folder in folders:
+        if not folder.is_dir():
+            raise StorageError(f"{folder}: not a folder; give the one to search for half-written outputs")
     packages = tuple(_package(name, *facts) for name, facts in PACKAGES.items())
     installed = {package.name: package.version for package in packages}
     problems = [
@@ -100,20 +102,10 @@ def diagnose(folder: Path) -> Diagnosis:
         gpus=_gpus() if installed["torch"] else (),
         nvcc=_nvcc(),
         choices=_choices() if not problems else (),
-        searched=str(folder),
-        leftovers=tuple(find_leftovers(folder)),
+        searched=tuple(map(str, folders)),
+        leftovers=tuple(find_leftovers(folders)),
         problems=tuple(problems),
     )
-
-
-def find_leftovers(folder: Path) -> list[str]:
-    """Return the half-written outputs (`*.incomplete-*`) under `folder`, not following links, sorted."""
-    found = []
-    for parent, folders, files in os.walk(folder):
-        marked = [name for name in [*folders, *files] if ".incomplete-" in name]
-        found += [str(Path(parent) / name) for name in marked]
-        folders[:] = [name for name in folders if name not in marked]
-    return sorted(found)
 
 
 def _is_missing(package: Package) -> bool:

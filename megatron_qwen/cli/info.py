@@ -33,18 +33,26 @@ def register(app: typer.Typer) -> None:
 
 def doctor(
     folder: Annotated[Path, typer.Argument(help="Folder to search for half-written outputs.")] = Path(),
+    stale: Annotated[list[Path] | None, typer.Option(help="Another folder to search; may be given again.")] = None,
     json_output: JsonOption = False,
 ) -> None:
     """Report versions, devices, the backend of every part with its reason, and half-written outputs."""
     from megatron_qwen.doctor import diagnose
 
-    diagnosis = diagnose(folder)
+    diagnosis = diagnose(folder, *(stale or ()))
     if json_output:
         _print_json(diagnosis.as_dict())
     else:
         _print_diagnosis(diagnosis)
     if diagnosis.problems:
         raise typer.Exit(ConfigError.exit_code)
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit} ago"
+    return f"{seconds:.0f} s ago"
 
 
 def list_models(context: typer.Context, json_output: JsonOption = False) -> None:
@@ -253,8 +261,12 @@ def _print_diagnosis(diagnosis: Diagnosis) -> None:
     for choice in diagnosis.choices:
         choices.add_row(choice.part, choice.backend, escape(choice.reason))
 
-    leftovers = Table()
-    leftovers.add_column(f"half-written outputs under {escape(diagnosis.searched)}")
-    for path in diagnosis.leftovers or ("none",):
-        leftovers.add_row(escape(path))
+    leftovers = Table(title=f"half-written outputs under {escape(', '.join(diagnosis.searched))}")
+    for heading in ("path", "size", "last written", "what to do"):
+        leftovers.add_column(heading, overflow="fold")
+    for found in diagnosis.leftovers:
+        size = f"{found.num_bytes / 1e6:,.1f} MB"
+        leftovers.add_row(escape(found.path), size, _age(found.age_seconds), escape(found.advice))
+    if not diagnosis.leftovers:
+        leftovers.add_row("none", "", "", "")
     _print_table(packages, devices, choices, leftovers, *(f"[red]{escape(line)}[/red]" for line in diagnosis.problems))

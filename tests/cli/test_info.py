@@ -30,7 +30,9 @@ def test_doctor_reports_versions_choices_and_leftovers(tmp_path: Path) -> None:
     assert versions["megatron-core"]
     assert {choice["part"] for choice in report["choices"]} >= {"norm", "attention", "experts", "communication"}
     assert all(choice["reason"] for choice in report["choices"])
-    assert report["leftovers"] == [str(tmp_path / "run" / "iter_0000010.incomplete-ab12")]
+    (leftover,) = report["leftovers"]
+    assert leftover["path"] == str(tmp_path / "run" / "iter_0000010.incomplete-ab12")
+    assert "the next run" in leftover["advice"]
     assert report["problems"] == []
 
 

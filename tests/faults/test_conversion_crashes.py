@@ -266,3 +266,38 @@ def test_2_a_second_process_does_not_take_over_a_folder_that_is_being_written(
     assert "exists already" in ended.err
     require_whole(target, verb.whole)
     assert staging_of(target) == []
+
+
+def test_1_doctor_lists_what_was_left_with_age_size_and_the_command_to_go_on(
+    server: CommandServer, verbs: dict[str, Verb], tmp_path: Path
+) -> None:
+    verb, target = verbs["export"], tmp_path / "here" / "out"
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "iter_0000010.incomplete-ab12").mkdir()
+    (elsewhere / "notes.incomplete-cd34").write_bytes(bytes(10**6))
+    assert server.run(*verb.to(target), failpoint="convert.journal:1:kill").code == -signal.SIGKILL
+    at_work = server.start(*verb.to(tmp_path / "here" / "busy"), failpoint="convert.piece:2:stop")
+    at_work.wait_until_stopped()
+
+    ended = command("doctor", target.parent, "--stale", elsewhere, "--json")
+    found = {Path(item["path"]).name.partition(".")[0]: item for item in ended.report["leftovers"]}
+    assert set(found) == {"out", "busy", "iter_0000010", "notes"}
+    assert found["busy"]["is_in_use"]
+    assert "leave it alone" in found["busy"]["advice"]
+    assert "the next run" in found["iter_0000010"]["advice"]
+    assert found["notes"]["num_bytes"] >= 10**6
+    assert found["notes"]["advice"] == f"rm -r {elsewhere / 'notes.incomplete-cd34'}"
+    assert 0 <= found["out"]["age_seconds"] < 600
+    assert found["out"]["num_bytes"] > 10_000
+    (_, _, source, *options) = verb.arguments
+    going_on = f"megatron-qwen convert export {source}/release {target} --resume"
+    assert found["out"]["advice"].startswith(going_on)
+
+    at_work.signal(signal.SIGKILL)
+    at_work.wait()
+    shown = command("doctor", target.parent, "--stale", elsewhere).out
+    assert "half-written outputs" in shown
+    words = going_on.split()[1:]
+    assert server.run(*words, *map(str, options), "--json").report["reused_files"] >= 1
+    require_whole(target, verb.whole)
