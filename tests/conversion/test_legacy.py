@@ -148,7 +148,7 @@ def save_as_megatron_lm(chunks, config: QwenConfig, layout: ParallelLayout, fold
         put_into_one_buffer(chunk)
         content[f"model{i}" if len(chunks) > 1 else "model"] = chunk.state_dict_for_save_checkpoint()
     file = folder / "theirs" / STEP / rank_folder() / RANK_FILE
-    # Who writes, from 0.18 on; before, only ranks of the second kind, which lose shards where etp < tp.
+    # Who writes, from 0.19 on; before, only ranks of the second kind, which lose shards where etp < tp.
     if state.get_data_parallel_rank() == 0 or state.get_expert_data_parallel_rank() == 0:
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.save(content, file)
