@@ -16,6 +16,9 @@ _PUBLIC = {
     "plan_import": "plan",
     "verify": "comparison",
     "compare_logits": "divergence",
+    "compare_manifests": "digests",
+    "make_recipe": "upcycle",
+    "upcycle_hf": "upcycle",
 }
 
 __all__ = sorted(_PUBLIC)

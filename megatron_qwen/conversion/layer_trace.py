@@ -160,12 +160,17 @@ class DecoderLayer:
     """A `TransformerLayer` in fp32 on this rank's device, local spec, whose weights are exchanged."""
 
     def __init__(self, config: QwenConfig) -> None:
-        """Build the only layer of `config`, which comes from `layer_config`."""
+        """Build the only layer of `config`, which comes from `layer_config`.
+
+        Raises:
+            ConfigError: this process runs a parallel layout of more than one rank.
+        """
         from megatron_qwen.model.build import build_model
+        from megatron_qwen.parallel.layout import ParallelLayout
 
         self._model = build_model(
-            config, dtype=torch.float32, backend="local", pre_process=False, post_process=False,
-            perform_initialization=False,
+            config, layout=ParallelLayout(), dtype=torch.float32, backend="local", pre_process=False,
+            post_process=False, perform_initialization=False,
         ).eval()  # fmt: skip
         self._layer = self._model.decoder.layers[0]
         self._modules = dict(self._layer.named_modules())

@@ -34,7 +34,7 @@ from megatron_qwen.conversion.outputs import hf_files
 from megatron_qwen.conversion.parameters import WHOLE, Parameter, Shard, parameters, tied_output
 from megatron_qwen.conversion.plan import ConversionPlan, plan_import
 from megatron_qwen.conversion.rows import gather_rows
-from megatron_qwen.conversion.run import Conversion, prepare
+from megatron_qwen.conversion.run import Conversion, ConversionReport, prepare
 from megatron_qwen.conversion.transforms import TRANSFORMS, pad_rows
 from megatron_qwen.errors import ConfigError
 from megatron_qwen.model.config import QwenConfig
@@ -372,3 +372,8 @@ def prepare_upcycle(dense_dir: str | Path, out_dir: str | Path, recipe: Upcyclin
     source = UpcycledModel(HfFolder(Path(dense_dir), allow_pickle=chosen.allow_pickle), recipe)
     target = Path(out_dir)
     return prepare("dense hf -> moe hf", source, target, chosen, hf_files, recipe=source.description())
+
+
+def upcycle_hf(dense_dir: str | Path, out_dir: str | Path, recipe: UpcyclingRecipe, **options: Any) -> ConversionReport:
+    """Make a MoE model from a dense one; arguments and errors as `prepare_upcycle`, and those of `import_hf`."""
+    return prepare_upcycle(dense_dir, out_dir, recipe, **options).run()

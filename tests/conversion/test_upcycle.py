@@ -40,7 +40,7 @@ def recipe(**fields) -> UpcyclingRecipe:
 
 
 def upcycle(dense: Path, out: Path, chosen: UpcyclingRecipe, **options) -> Weights:
-    prepare_upcycle(dense, out, chosen, progress=False, **options).run()
+    conversion.upcycle_hf(dense, out, chosen, progress=False, **options)
     return {name: x for file in sorted(out.glob("*.safetensors")) for name, x in load_file(file).items()}
 
 
