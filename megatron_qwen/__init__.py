@@ -28,9 +28,11 @@ __all__ = [
     "build_model",
     "get_qwen_layer_spec",
     "load_model",
+    "ops",
 ]
 
 if TYPE_CHECKING:
+    from megatron_qwen import ops
     from megatron_qwen.conversion.run import load_model
     from megatron_qwen.model.build import build_model
     from megatron_qwen.model.config import QwenConfig
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return importlib.import_module("megatron_qwen.ops")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'megatron_qwen' has no attribute {name!r}")
     return getattr(importlib.import_module(_PUBLIC[name]), name)

@@ -18,13 +18,16 @@ from megatron_qwen.kernels.backends import (
     requested_backend,
     use_backend,
 )
+from megatron_qwen.kernels.rms_norm import add_rms_norm, rms_norm
 from megatron_qwen.kernels.swiglu import swiglu, swiglu_backward_
 
 __all__ = [
     "BACKENDS",
     "OpChoice",
+    "add_rms_norm",
     "choices",
     "requested_backend",
+    "rms_norm",
     "swiglu",
     "swiglu_backward_",
     "use_backend",

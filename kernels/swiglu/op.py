@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from ...errors import ConfigError
 from .. import checks
 from ..backends import backend_for, register_operation
-from ..registration import register, register_autograd, register_backward
+from ..registration import register_differentiable
 from . import reference
 
 register_operation("swiglu", "triton")
@@ -49,17 +50,17 @@ def _backward_fake(grad: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
     return packed.new_empty(packed.shape)
 
 
-def _save(ctx: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     ctx.save_for_backward(inputs[0])
 
 
-def _differentiate(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-    return backward_op(grad, ctx.saved_tensors[0])  # type: ignore[no-any-return]
+def _differentiate(ctx: Any, backward: Callable[..., Any], *grads: torch.Tensor) -> Any:
+    return backward(grads[0], ctx.saved_tensors[0])
 
 
-forward_op = register("swiglu", _forward, _forward_fake)
-backward_op = register_backward("swiglu_backward", _backward, _backward_fake)
-register_autograd("swiglu", _differentiate, _save)
+_swiglu = register_differentiable(
+    "swiglu", _forward, _forward_fake, ("swiglu_backward", _backward, _backward_fake), _save, _differentiate
+)
 
 
 def swiglu(packed: torch.Tensor) -> torch.Tensor:
@@ -80,4 +81,4 @@ def swiglu(packed: torch.Tensor) -> torch.Tensor:
     checks.require_floating("swiglu", "packed", packed)
     if packed.shape[-1] % 2:
         raise ConfigError(f"swiglu: packed has shape {tuple(packed.shape)}; expected an even last axis, gate then up")
-    return forward_op(packed)  # type: ignore[no-any-return]
+    return _swiglu(packed)  # type: ignore[no-any-return]

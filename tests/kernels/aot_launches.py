@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+from megatron_qwen.kernels.rms_norm import kernel as rms_norm
 from megatron_qwen.kernels.swiglu import kernel as swiglu
 from megatron_qwen.testing.aot import compile_launches
 
@@ -18,6 +19,8 @@ TOKENS = 32768
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Qwen2.5 per tensor-parallel rank: 0.5B, 7B and 72B at TP 8; and an odd one.
 MLP_WIDTHS = {"0.5b": 4864, "7b": 18944, "72b-tp8": 3696, "odd": 1001}
+
+HIDDEN = {"0.5b": 896, "7b": 3584, "72b": 8192, "odd": 1001}
 
 
 def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -30,12 +33,25 @@ def launch_swiglu(width: int, dtype: torch.dtype) -> None:
     swiglu.launch_backward(out, packed, packed)
 
 
+def launch_rms_norm(hidden: int, dtype: torch.dtype, adds: bool) -> None:
+    x, weight = meta(TOKENS, hidden, dtype=dtype), meta(hidden, dtype=dtype)
+    inverse_rms = meta(TOKENS, dtype=torch.float32)
+    other = x if adds else None
+    rms_norm.launch_forward(x, other, weight, 1e-6, x, other, inverse_rms)
+    rms_norm.launch_backward(x, other, x, weight, inverse_rms, x, weight)
+
+
 def launches() -> dict[str, Callable[[], None]]:
     """Launch by label: operation, model, dtype."""
     table: dict[str, Callable[[], None]] = {}
     for label, dtype in DTYPES.items():
         for model, width in MLP_WIDTHS.items():
             table[f"swiglu {model} {label}"] = lambda width=width, dtype=dtype: launch_swiglu(width, dtype)
+        for model, hidden in HIDDEN.items():
+            for name, adds in (("rms_norm", False), ("add_rms_norm", True)):
+                table[f"{name} {model} {label}"] = lambda hidden=hidden, dtype=dtype, adds=adds: launch_rms_norm(
+                    hidden, dtype, adds
+                )
     return table
 
 

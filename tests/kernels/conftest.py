@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from megatron_qwen.testing.interpreter import round_as_a_device_does
+
 
 @pytest.fixture(scope="session")
 def interpreted() -> Iterator[Callable[..., Any]]:
@@ -21,7 +23,9 @@ def interpreted() -> Iterator[Callable[..., Any]]:
     previous = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
     try:
-        pool = concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        pool = concurrent.futures.ProcessPoolExecutor(
+            1, mp_context=multiprocessing.get_context("spawn"), initializer=round_as_a_device_does
+        )
         pool.submit(os.getpid).result(timeout=120)
     finally:
         if previous is None:

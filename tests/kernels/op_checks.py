@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from megatron_qwen import ops
-from megatron_qwen.testing.compare import assert_close_to_fp64
+from megatron_qwen.testing.compare import assert_close_to_fp64, assert_relative
 from megatron_qwen.testing.poison import poisoned_outputs, surrounded
 
 Function = Callable[..., object]
@@ -78,6 +78,107 @@ def check_gradient_of_a_sum(backend: str) -> None:
     torch.testing.assert_close(ours, plain)
 
 
+EPS = 1e-5
+
+
+def plain_rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS))
+
+
+def plain_add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    total = x + residual
+    return plain_rms_norm(total, weight), total
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return ops.rms_norm(x, weight, eps=EPS)
+
+
+def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return ops.add_rms_norm(x, residual, weight, eps=EPS)
+
+
+def check_rms_norm(shape: tuple[int, ...], dtype: torch.dtype, backend: str) -> None:
+    x, grad = random(shape, dtype, seed=0, scale=3.0), random(shape, dtype, seed=1)
+    weight = (random(shape[-1:], torch.float32, seed=2) * 0.2 + 1.0).to(dtype)
+    check_against_fp64(rms_norm, plain_rms_norm, [x, weight], [grad], backend)
+
+
+def check_add_rms_norm(shape: tuple[int, ...], dtype: torch.dtype, backend: str) -> None:
+    x, residual = (random(shape, dtype, seed=seed, scale=3.0) for seed in (0, 3))
+    grads = [random(shape, dtype, seed=seed) for seed in (1, 4)]
+    weight = (random(shape[-1:], torch.float32, seed=2) * 0.2 + 1.0).to(dtype)
+    check_against_fp64(add_rms_norm, plain_add_rms_norm, [x, residual, weight], grads, backend)
+
+
+def check_rms_norm_of_another_weight_dtype(backend: str) -> None:
+    x, weight = random((5, 24), torch.bfloat16, seed=0), random((24,), torch.float32, seed=1)
+    grad = random((5, 24), torch.bfloat16, seed=2)
+    with ops.use_backend(backend):
+        y, grad_x, grad_weight = results(rms_norm, [x, weight], [grad])
+    assert (y.dtype, grad_x.dtype, grad_weight.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    exact = results(plain_rms_norm, [x.double(), weight.double()], [grad.double()])
+    assert_relative(y, exact[0], 2.0**-8)
+    assert_relative(grad_x, exact[1], 2.0**-8)
+    assert_relative(grad_weight, exact[2], 1e-5)  # only the results of bf16 inputs are rounded to bf16
+
+
+def check_rms_norm_of_one_column(backend: str) -> None:
+    """The gradient is a difference of nearly equal terms, exact only against their size."""
+    x = torch.tensor([[1.5], [-0.25], [0.0]])
+    with ops.use_backend(backend):
+        y, grad_x, grad_weight = results(rms_norm, [x, torch.tensor([2.0])], [torch.ones(3, 1)])
+    exact = results(plain_rms_norm, [x.double(), torch.tensor([2.0]).double()], [torch.ones(3, 1).double()])
+    torch.testing.assert_close(y.double(), exact[0], rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(grad_x.double(), exact[1], rtol=1e-6, atol=1e-6 / 0.25)
+    torch.testing.assert_close(grad_weight.double(), exact[2], rtol=1e-6, atol=1e-6)
+
+
+def check_rms_norm_rows(backend: str) -> None:
+    """Zero rows stay zero, NaN stays in its row, and tiny rows stay finite."""
+    x = torch.zeros(3, 8)
+    x[1, 2], x[2] = float("nan"), 1e-30
+    with ops.use_backend(backend):
+        y = rms_norm(x, torch.ones(8))
+    assert (y[0] == 0).all()
+    assert y[1].isnan().all()
+    assert torch.isfinite(y[2]).all()
+
+
+def check_gradients_of_single_outputs(backend: str) -> None:
+    """A loss may use the norm only, or the sum only."""
+    inputs = [random((5, 6), torch.float32, seed=0), random((5, 6), torch.float32, seed=1), torch.full((6,), 1.5)]
+    for index in (0, 1):
+        ours, plain = ([each.clone().requires_grad_() for each in inputs] for _ in range(2))
+        with ops.use_backend(backend):
+            (add_rms_norm(*ours)[index] ** 2).sum().backward()
+        (plain_add_rms_norm(*plain)[index] ** 2).sum().backward()
+        for mine, simple in zip(ours, plain, strict=True):
+            assert (mine.grad is None) == (simple.grad is None)
+            if mine.grad is not None:
+                torch.testing.assert_close(mine.grad, simple.grad)
+
+
+def check_same_bits_again(backend: str) -> None:
+    inputs = [random((67, 96), torch.bfloat16, seed=0), random((96,), torch.bfloat16, seed=1)]
+    grad = [random((67, 96), torch.bfloat16, seed=2)]
+    with ops.use_backend(backend):
+        once, again = (results(rms_norm, inputs, grad) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+def check_rms_norm_offsets(backend: str) -> None:
+    x = rows_beyond_32_bits(12)
+    x.copy_(random((3, 12), torch.bfloat16, seed=0))
+    weight, grad = random((12,), torch.bfloat16, seed=1), random((3, 12), torch.bfloat16, seed=2)
+    with ops.use_backend(backend):
+        far = results(rms_norm, [x, weight], [grad])
+        near = results(rms_norm, [x.contiguous(), weight], [grad])
+        total = ops.add_rms_norm(near[0], x, weight, eps=EPS)[1]
+    assert all(torch.equal(a, b) for a, b in zip(far, near, strict=True))
+    assert torch.equal(total, near[0] + x)
+
+
 def rows_beyond_32_bits(width: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """Three rows, the last at an offset of 2^31 elements, while the distance itself fits 32 bits.
 
@@ -95,3 +196,24 @@ def check_swiglu_offsets(backend: str) -> None:
         far = results(ops.swiglu, [packed], [grad])
         near = results(ops.swiglu, [packed.contiguous()], [grad])
     assert all(torch.equal(a, b) for a, b in zip(far, near, strict=True))
+
+
+def run_transposed(backend: str) -> None:
+    with ops.use_backend(backend):
+        rms_norm(torch.zeros(3, 2, 4).transpose(0, 1), torch.ones(4))
+
+
+def run_long_row(backend: str) -> None:
+    with ops.use_backend(backend):
+        rms_norm(torch.zeros(1, 16385), torch.ones(16385))
+
+
+def check_rounding_of_bf16() -> None:
+    """1 + 2^-8 lies halfway: down to the even neighbour; 1 + 3 * 2^-8 up to it; the rest to the nearer one."""
+    gate = torch.full((5,), 40.0)  # silu(40) is 40 in fp32
+    up = torch.tensor([1 + 2.0**-8, 1 + 3 * 2.0**-8, 1 + 2.0**-8 + 2.0**-12, 1 + 2.0**-9, 1.99999])
+    out = torch.empty(1, 5, dtype=torch.bfloat16)
+    from megatron_qwen.kernels.swiglu import kernel
+
+    kernel.launch_forward(torch.cat([gate, up]).view(1, 10), out)
+    assert torch.equal(out[0], (gate * up).bfloat16())

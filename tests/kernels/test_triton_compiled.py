@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,26 @@ pytestmark = pytest.mark.skipif(
 
 PROGRAM = Path(__file__).parent / "aot_launches.py"
 # Compiled in every run; the rest of the table is exhaustive.
-SOME = ("swiglu 7b bf16", "swiglu odd bf16")
-# At 64 registers, 1024 threads fit a multiprocessor: half of all, which saturates memory with 16-byte accesses.
-MOST_REGISTERS = {"swiglu_forward_kernel": 40, "swiglu_backward_kernel": 40}
+SOME = ("swiglu 7b bf16", "swiglu odd bf16", "add_rms_norm 7b bf16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Registers per thread, and the loads and stores of one number per row or of results, which are narrow."""
+
+    registers: int
+    narrow_loads: int = 0
+    narrow_stores: int = 0
+
+
+# 2048 threads fit a multiprocessor at 32 registers, 1024 at 64, 512 at 128: rows of 8192 are held by 512 threads.
+LIMITS = {
+    "swiglu_forward_kernel": Limits(registers=40),
+    "swiglu_backward_kernel": Limits(registers=40),
+    "rms_norm_forward_kernel": Limits(registers=64, narrow_stores=1),
+    "rms_norm_backward_kernel": Limits(registers=128, narrow_loads=1),
+    "column_sum_kernel": Limits(registers=40, narrow_stores=1),
+}
 
 
 def compiled(architecture: int, *labels: str) -> list[dict[str, Any]]:
@@ -36,12 +54,14 @@ def compiled(architecture: int, *labels: str) -> list[dict[str, Any]]:
 def check(row: dict[str, Any]) -> None:
     where = f"{row['kernel']} of {row['label']} on sm_{row['architecture']}: {row}"
     assert row["spilled"] == 0, where
-    assert row["registers"] <= MOST_REGISTERS[row["kernel"]], where
+    limits = LIMITS[row["kernel"]]
+    assert row["registers"] <= limits.registers, where
     assert row["shared"] <= 48 * 1024, where
     assert row["atomics"] == 0, f"results must not depend on the order of threads; {where}"
     if "odd" not in row["label"]:
         assert row["wide_loads"] > 0, where
-        assert (row["wide_loads"], row["wide_stores"]) == (row["loads"], row["stores"]), where
+        assert row["loads"] - row["wide_loads"] <= limits.narrow_loads, where
+        assert row["stores"] - row["wide_stores"] <= limits.narrow_stores, where
 
 
 @pytest.mark.parametrize("architecture", [90, 80])
@@ -54,6 +74,6 @@ def test_kernels_spill_nothing_and_move_16_bytes_per_access(architecture: int) -
 @pytest.mark.parametrize("architecture", [90, 80])
 def test_every_launch_of_the_table(architecture: int) -> None:
     rows = compiled(architecture)
-    assert {row["kernel"] for row in rows} == set(MOST_REGISTERS)
+    assert {row["kernel"] for row in rows} == set(LIMITS)
     for row in rows:
         check(row)

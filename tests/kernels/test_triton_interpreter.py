@@ -6,6 +6,8 @@ import op_checks
 import pytest
 import torch
 
+from megatron_qwen.errors import ConfigError
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -22,3 +24,42 @@ def test_swiglu_at_extremes_and_expanded_gradients(interpreted) -> None:
 
 def test_swiglu_beyond_32_bit_offsets(interpreted) -> None:
     interpreted(op_checks.check_swiglu_offsets, "triton")
+
+
+def test_bf16_is_rounded_to_nearest_even(interpreted) -> None:
+    interpreted(op_checks.check_rounding_of_bf16)
+
+
+NORM_SHAPES = [(1, 3), (7,), (5, 2, 13), (3, 127), (9, 128), (2, 129), (0, 4), (2, 0, 4)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", NORM_SHAPES)
+def test_rms_norm(interpreted, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    interpreted(op_checks.check_rms_norm, shape, dtype, "triton")
+    interpreted(op_checks.check_add_rms_norm, shape, dtype, "triton")
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        op_checks.check_rms_norm_of_another_weight_dtype,
+        op_checks.check_rms_norm_of_one_column,
+        op_checks.check_rms_norm_rows,
+        op_checks.check_gradients_of_single_outputs,
+        op_checks.check_same_bits_again,
+        op_checks.check_rms_norm_offsets,
+    ],
+)
+def test_rms_norm_in_special_cases(interpreted, check) -> None:
+    interpreted(check, "triton")
+
+
+def test_strides_that_are_no_rows_are_refused_not_copied(interpreted) -> None:
+    with pytest.raises(ConfigError, match=r"x of shape \(2, 3, 4\) has strides \(4, 8, 1\)"):
+        interpreted(op_checks.run_transposed, "triton")
+
+
+def test_a_row_too_long_for_a_program_is_refused(interpreted) -> None:
+    with pytest.raises(ConfigError, match="a row of 16385 does not fit one program"):
+        interpreted(op_checks.run_long_row, "triton")
