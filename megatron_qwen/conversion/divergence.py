@@ -190,13 +190,7 @@ def compare_logits(
         ConfigError: an argument out of range.
         InputError: a folder cannot be read.
     """
-    if tokens < 2:
-        raise ConfigError(f"tokens: got {tokens}, expected at least 2")
-    if against not in ("megatron", "transformers"):
-        raise ConfigError(f"against: got {against!r}, expected 'megatron' or 'transformers'")
-    tolerance = tolerance if tolerance is not None else _TOLERANCES[against]
-    if not tolerance >= 0:
-        raise ConfigError(f"tolerance: got {tolerance}, expected >= 0")
+    tolerance = _check_arguments(tokens, tolerance, against)
     left, right = (open_source(folder, allow_pickle=allow_pickle) for folder in (a, b))
     notes = [f"{side} {text}" for side, source in (("A", left), ("B", right)) for text in _follow_arguments(source)]
     report = LogitsReport(
@@ -223,6 +217,18 @@ def compare_logits(
 
 
 _TOLERANCES = {"megatron": DEFAULT_TOLERANCE, "transformers": REFEREE_TOLERANCE}
+
+
+def _check_arguments(tokens: int, tolerance: float | None, against: str) -> float:
+    """Return the tolerance to use."""
+    if tokens < 2:
+        raise ConfigError(f"tokens: got {tokens}, expected at least 2")
+    if against not in _TOLERANCES:
+        raise ConfigError(f"against: got {against!r}, expected one of {', '.join(_TOLERANCES)}")
+    tolerance = tolerance if tolerance is not None else _TOLERANCES[against]
+    if not tolerance >= 0:
+        raise ConfigError(f"tolerance: got {tolerance}, expected >= 0")
+    return tolerance
 
 
 class _Engines:
