@@ -42,10 +42,11 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """One step: its seconds and its check value."""
+    """One step: its seconds, its check value, and the processor seconds of all its threads."""
 
     seconds: float
     value: float
+    cpu_seconds: float
 
 
 class Worker:
@@ -88,7 +89,7 @@ class Worker:
     def step(self) -> Step:
         """Have the contestant do its work once."""
         answer = self._ask("step")
-        return Step(answer["seconds"], answer["value"])
+        return Step(answer["seconds"], answer["value"], answer["cpu"])
 
     def peak_bytes(self) -> int:
         """Return the largest resident set of the child so far, in bytes."""
@@ -179,9 +180,10 @@ def _serve(requests: IO[str], answers: IO[str]) -> None:
         if json.loads(line) == "peak":
             answer({"bytes": _peak_bytes()})
             continue
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         value = runner.step()
-        answer({"seconds": time.perf_counter() - start, "value": value})
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+        answer({"seconds": seconds, "value": value, "cpu": cpu_seconds})
 
 
 if __name__ == "__main__":

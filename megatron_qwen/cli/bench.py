@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from megatron_qwen.benchmark.report import Report
 
 DTYPES = ("fp32", "bf16")
-TABLE_WIDTH = 110  # a file or pipe has none of its own, and cut figures are of no use
+TABLE_WIDTH = 126  # a file or pipe has none of its own, and cut figures are of no use
 
 
 def register(app: typer.Typer) -> None:

@@ -60,6 +60,7 @@ def test_the_command_converts_there_and_back_beside_ceilings_and_peer(tmp_path: 
         assert row["largest_tensor_bytes"] == 512 * 64 * 2
         assert 0 < row["peak_bytes"] < row["memory_bar_bytes"] == 200_000_000 + 3 * 512 * 64 * 2
         assert row["interpreter_bytes"] > 50e6
+        assert row["cpu_seconds"] > 0
         assert "torch" in row["versions"]
         assert "transformers" not in row["versions"]
     assert rows["copy"]["interpreter_bytes"] < 50e6
@@ -131,7 +132,13 @@ def test_what_a_round_makes_is_compared_and_deleted(tmp_path: Path, monkeypatch:
         Copy(source=str(source), target=str(target), fsync=False).step()
         seconds = {"import": 2.0, "export": 4.0, "copy": 1.0, "copy+fsync": 3.0}[entrant.name] * (1 + len(held) // 5)
         return convert._Sample(
-            seconds=seconds, value=0.5, start_seconds=1, interpreter_bytes=7, peak_bytes=len(held), versions={}
+            seconds=seconds,
+            cpu_seconds=0.5 * seconds,
+            value=0.5,
+            start_seconds=1,
+            interpreter_bytes=7,
+            peak_bytes=len(held),
+            versions={},
         )
 
     monkeypatch.setattr(convert, "_convert", converted)
@@ -148,8 +155,8 @@ def test_what_a_round_makes_is_compared_and_deleted(tmp_path: Path, monkeypatch:
 
 def row(**fields: object) -> ConversionRow:
     known = {
-        "checkpoint": "a", "contestant": "import", "seconds": summarise([1.0]), "verify_seconds": 0.0,
-        "start_seconds": 0.0, "checkpoint_bytes": 10, "copied_bytes": 10, "copy_fraction": 0.6,
+        "checkpoint": "a", "contestant": "import", "seconds": summarise([1.0]), "cpu_seconds": 2.0,
+        "verify_seconds": 0.0, "start_seconds": 0.0, "checkpoint_bytes": 10, "copied_bytes": 10, "copy_fraction": 0.6,
         "synced_copy_fraction": 0.7, "peak_bytes": 203_000_000, "interpreter_bytes": 1,
         "largest_tensor_bytes": 1_000_000, "has_rate_bar": True, "has_memory_bar": True, "versions": {},
     }  # fmt: skip

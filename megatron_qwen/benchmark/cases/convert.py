@@ -227,6 +227,7 @@ class ConvertBench:
 @dataclass(frozen=True, kw_only=True)
 class _Sample:
     seconds: float
+    cpu_seconds: float
     value: float
     start_seconds: float
     interpreter_bytes: int
@@ -286,6 +287,7 @@ def _convert(entrant: Entrant, source: Path, target: Path) -> _Sample:
         step = worker.step()
         return _Sample(
             seconds=step.seconds,
+            cpu_seconds=step.cpu_seconds,
             value=step.value,
             start_seconds=worker.start_seconds,
             interpreter_bytes=worker.start_bytes,
@@ -302,6 +304,7 @@ def _row(checkpoint: str, source: Path, entrant: Entrant, samples: Mapping[str, 
         checkpoint=checkpoint,
         contestant=entrant.name,
         seconds=summarise([sample.seconds for sample in mine]),
+        cpu_seconds=percentile([sample.cpu_seconds for sample in mine], 0.5),
         verify_seconds=percentile([sample.value for sample in mine], 0.5) if entrant.is_ours else 0.0,
         start_seconds=percentile([sample.start_seconds for sample in mine], 0.5),
         checkpoint_bytes=num_bytes,

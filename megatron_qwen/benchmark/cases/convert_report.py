@@ -17,8 +17,8 @@ from megatron_qwen.benchmark.timing import Summary
 RATE_BAR = 0.6  # of the copy's rate
 _MB = 1e6
 COLUMNS = (
-    "contestant", "s", "p10 .. p90", "MB/s", "of copy", "of copy+fsync", f"{RATE_BAR}x", "peak MB", "limit", "memory",
-    "start s",
+    "contestant", "s", "p10 .. p90", "CPU s", "MB/s", "of copy", "of +fsync", f"{RATE_BAR}x", "peak / limit MB",
+    "memory", "start s",
 )  # fmt: skip
 
 
@@ -30,7 +30,8 @@ class ConversionRow:
         checkpoint: what was converted.
         contestant: of the registry.
         seconds: per conversion, from the first header to the rename; process start and imports are not in it.
-        verify_seconds: the part of it, median, that reading the output again and comparing it took.
+        cpu_seconds: processor seconds of all threads, median; other programs on the machine add little to them.
+        verify_seconds: the part of `seconds`, median, that reading the output again and comparing it took.
         start_seconds: median of starting the process and importing.
         checkpoint_bytes: of the checkpoint's files.
         copied_bytes: that the contestant read and wrote of them; 0 for a dry run, which reads only headers.
@@ -47,6 +48,7 @@ class ConversionRow:
     checkpoint: str
     contestant: str
     seconds: Summary
+    cpu_seconds: float
     verify_seconds: float
     start_seconds: float
     checkpoint_bytes: int
@@ -142,12 +144,12 @@ def _cells(row: ConversionRow) -> tuple[str, ...]:
         row.contestant,
         f"{row.seconds.median:.2f}",
         f"{row.seconds.p10:.2f} .. {row.seconds.p90:.2f}",
+        f"{row.cpu_seconds:.2f}",
         f"{row.bytes_per_second / _MB:,.0f}" if row.copied_bytes else "-",
         f"{row.copy_fraction:.2f}" if row.copy_fraction else "-",
         f"{row.synced_copy_fraction:.2f}" if row.synced_copy_fraction else "-",
         judged(row.has_rate_bar, row.meets_rate_bar),
-        f"{row.peak_bytes / _MB:,.0f}",
-        f"{row.memory_bar_bytes / _MB:,.0f}" if row.has_memory_bar else "-",
+        f"{row.peak_bytes / _MB:,.0f} / " + (f"{row.memory_bar_bytes / _MB:,.0f}" if row.has_memory_bar else "-"),
         judged(row.has_memory_bar, row.meets_memory_bar),
         f"{row.start_seconds:.1f}",
     )
@@ -189,6 +191,7 @@ def _flat(report: ConversionBenchmark, row: ConversionRow) -> dict[str, Any]:
         "p10_s": f"{row.seconds.p10:.6g}",
         "p90_s": f"{row.seconds.p90:.6g}",
         "rounds": row.seconds.count,
+        "cpu_s": f"{row.cpu_seconds:.6g}",
         "verify_s": f"{row.verify_seconds:.6g}",
         "start_s": f"{row.start_seconds:.4g}",
         "mb": f"{row.checkpoint_bytes / _MB:.1f}",
