@@ -64,10 +64,11 @@ class Journal:
         self.num_reused = 0
         self.manifest_sha256 = ""
 
-    def add(self, name: str, record: FileRecord) -> None:
-        """Enter a finished file."""
+    def add(self, name: str, record: FileRecord, *, is_saved: bool = True) -> None:
+        """Enter a finished file; on the disk now, or with the next that is."""
         self.finished[name] = record
-        self.save()
+        if is_saved:
+            self.save()
 
     def save(self) -> None:
         """Replace the file on disk."""
