@@ -167,6 +167,10 @@ class FileStamps:
     def __init__(self, files: Iterable[Path]) -> None:
         self._stamps = {file: _stamp(file) for file in files}
 
+    def add(self, files: Iterable[Path]) -> None:
+        """Watch further files too."""
+        self._stamps |= {file: _stamp(file) for file in files if file not in self._stamps}
+
     def check(self, where: Path) -> None:
         """Raise CorruptInputError if a file was replaced, deleted or written to."""
         changed = sorted(

@@ -12,7 +12,7 @@ them and must be the same in each. `legacy_output` writes the format; `legacy_la
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -143,6 +143,10 @@ class LegacyFolder(MegatronRows):
     def check_unchanged(self) -> None:
         """Raise CorruptInputError if a file was replaced or written to since it was opened."""
         self._stamps.check(self.path)
+
+    def watch(self, files: Iterable[Path]) -> None:
+        """Let `check_unchanged` look at further files too."""
+        self._stamps.add(files)
 
     def _shards(self, parameter: Parameter) -> list[_Copies]:
         return self._copies[parameter]

@@ -11,7 +11,7 @@ Folder of a run or an import:
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -133,6 +133,10 @@ class MegatronFolder(MegatronRows):
     def check_unchanged(self) -> None:
         """Raise CorruptInputError if a file was replaced or written to since it was opened."""
         self._stamps.check(self.path)
+
+    def watch(self, files: Iterable[Path]) -> None:
+        """Let `check_unchanged` look at further files too."""
+        self._stamps.add(files)
 
     def _place(self, parameter: Parameter) -> StoredPlace:
         place = self._places.get(parameter) or StoredPlace(parameter.megatron_name, (), ())

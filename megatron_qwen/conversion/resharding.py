@@ -27,9 +27,14 @@ from megatron_qwen.conversion.loading import open_source
 from megatron_qwen.conversion.megatron import HF_FOLDER, TRACKER_NAME, MegatronFolder
 from megatron_qwen.conversion.numerics import CheckedWeights
 from megatron_qwen.conversion.optimizer import WITHOUT_OPTIMIZER, OptimizerReader, OptimizerSource, Role
-from megatron_qwen.conversion.optimizer_legacy import open_legacy_optimizer
+from megatron_qwen.conversion.optimizer_legacy import LegacyOptimizer, open_legacy_optimizer
 from megatron_qwen.conversion.optimizer_legacy_output import LegacyOptimizerOutput
-from megatron_qwen.conversion.optimizer_torch_dist import open_torch_dist_optimizer, read_common, torch_dist_optimizer
+from megatron_qwen.conversion.optimizer_torch_dist import (
+    TorchDistOptimizer,
+    open_torch_dist_optimizer,
+    read_common,
+    torch_dist_optimizer,
+)
 from megatron_qwen.conversion.options import ConversionOptions
 from megatron_qwen.conversion.outputs import block_of, empty_extra_state, megatron_files, weight_chunks
 from megatron_qwen.conversion.parameters import (
@@ -100,14 +105,19 @@ def reshard_files(
 def open_optimizer(source: WeightSource) -> OptimizerSource | None:
     """Return the optimizer in the checkpoint of `source`, or None if it holds weights alone.
 
+    `source.check_unchanged` covers its files too.
+
     Raises:
         InputError: its state is damaged, incomplete, or stored by bucket.
     """
+    optimizer: LegacyOptimizer | TorchDistOptimizer | None = None
     if isinstance(source, LegacyFolder):
-        return open_legacy_optimizer(source)
-    if isinstance(source, MegatronFolder):
-        return open_torch_dist_optimizer(source.path, source.config)
-    return None
+        optimizer = open_legacy_optimizer(source)
+    elif isinstance(source, MegatronFolder):
+        optimizer = open_torch_dist_optimizer(source.path, source.config)
+    if optimizer is not None and isinstance(source, LegacyFolder | MegatronFolder):
+        source.watch(optimizer.files())
+    return optimizer
 
 
 def verify_optimizer(

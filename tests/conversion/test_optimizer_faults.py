@@ -6,6 +6,7 @@ Made without Megatron: a small model with a made-up optimizer, written by `resha
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from argparse import Namespace
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import torch
 from megatron_qwen.conversion import import_hf, reshard
 from megatron_qwen.conversion.legacy_layout import rank_files
 from megatron_qwen.conversion.optimizer_layout import members
+from megatron_qwen.conversion.run import prepare_reshard
 from megatron_qwen.errors import (
     ConfigError,
     CorruptInputError,
@@ -294,6 +296,14 @@ def test_a_truncated_distributed_file_is_refused(distributed):
     path = rank_path(distributed, "mp_rank_00", "distrib_optim.pt")
     path.write_bytes(path.read_bytes()[:-1000])
     assert "distrib_optim.pt" in refused(CorruptInputError, distributed)
+
+
+def test_a_distributed_file_that_changes_meanwhile_is_refused(distributed):
+    conversion = prepare_reshard(distributed, distributed.parent / "out", **QUIET)
+    path = rank_path(distributed, "mp_rank_00", "distrib_optim.pt")
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(CorruptInputError, match="distrib_optim"):
+        conversion.run()
 
 
 @pytest.fixture

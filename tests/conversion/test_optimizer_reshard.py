@@ -15,12 +15,15 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from megatron_qwen.conversion import reshard
+from megatron_qwen.errors import ConfigError, MismatchError
 from megatron_qwen.model.config import QwenConfig
 from megatron_qwen.parallel.layout import ParallelLayout
 from megatron_qwen.testing.ranks import run_ranks
 from megatron_qwen.testing.tiny import tiny_dense, tiny_moe
+from megatron_qwen.training.overrides import dump_recipe, recipe_from_dict
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 
@@ -292,6 +295,30 @@ def test_a_run_goes_on_from_the_resharded_checkpoint_as_from_its_own(outcome, na
     assert direct[2:] == back
     record = json.loads((root / name / "back" / "iter_0000004" / "step.json").read_text())
     assert record["common"]["progress"]["tokens"] == 4 * training_runs.BATCH * training_runs.SEQ_LENGTH
+
+
+@pytest.mark.multirank
+def test_a_run_that_saves_buckets_is_refused_by_name(outcome):
+    root, _, _ = outcome
+    run = root / "dense" / "bucket_space"
+    assert (
+        json.loads((run / "iter_0000001" / "step.json").read_text())["common"]["optimizer_format"] == "dp_reshardable"
+    )
+    with pytest.raises(MismatchError, match="dp_reshardable"):
+        reshard(run, root / "dense" / "refused", **QUIET)
+    reshard(run, root / "dense" / "weights", optimizer=False, **QUIET)
+
+
+def test_the_recipe_checks_the_format_of_the_optimizer_state():
+    for values in ({"optimizer_format": "sharded"}, {"optimizer_format": "dp_reshardable"}):
+        with pytest.raises(ConfigError, match="optimizer_format"):
+            recipe_from_dict({"checkpoint": values, "optimizer": {"distributed": False}})
+    recipe = recipe_from_dict({"checkpoint": {"optimizer_format": "dp_reshardable"}})
+    assert load_recipe_text(dump_recipe(recipe)) == recipe
+
+
+def load_recipe_text(text: str) -> Any:
+    return recipe_from_dict(yaml.safe_load(text))
 
 
 @pytest.mark.multirank
