@@ -18,7 +18,7 @@ _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def read_strict_json(path: Path, *, max_bytes: int) -> dict[str, Any]:
-    """Read and parse a file as `parse_strict_json` does; one above `max_bytes` is refused unread.
+    """Read and parse a file as `parse_strict_json` does; of one above `max_bytes` no more is read.
 
     Raises:
         IncompleteInputError: there is no such file.
@@ -27,8 +27,8 @@ def read_strict_json(path: Path, *, max_bytes: int) -> dict[str, Any]:
     if not path.is_file():
         raise IncompleteInputError(f"{path}: no such file")
     with path.open("rb") as stream:
-        raw = stream.read(max_bytes + 1) if path.stat().st_size <= max_bytes else None
-    if raw is None or len(raw) > max_bytes:
+        raw = stream.read(max_bytes + 1)
+    if len(raw) > max_bytes:
         raise CorruptInputError(f"{path}: {path.stat().st_size} bytes, the limit for such a file is {max_bytes}")
     return parse_strict_json(raw, path)
 

@@ -16,8 +16,9 @@ import torch
 from hostile import Payload, command, contents, exporting, forge_manifest, fuzzed, importing, opens, refused
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_qwen.errors import UnsafeInputError
+from megatron_qwen.errors import CorruptInputError, UnsafeInputError
 
 
 def plain_pickle(payload: Payload) -> bytes:
@@ -225,6 +226,49 @@ def test_12_damaged_index_of_a_torch_dist_folder_is_one_error(
     megatron: Path, exported: dict[str, bytes], name: str
 ) -> None:
     assert check_index(megatron, BOMBS[name], exported) == 3
+
+
+def other_kinds(index: Any) -> dict[str, Callable[[], object]]:
+    """Ways in which an index of the right classes can hold values of the wrong kind."""
+    key = "embedding.word_embeddings.weight"
+    entry = index.state_dict_metadata[key]
+    storage = next(storage for place, storage in index.storage_data.items() if place.fqn == key)
+    return {
+        "negative offset in the file": lambda: setattr(storage, "offset", -1),
+        "length of text": lambda: setattr(storage, "length", "9"),
+        "fraction of a length": lambda: setattr(storage, "length", 1e9),
+        "chunk of another rank": lambda: setattr(entry.chunks[0], "sizes", torch.Size((131,))),
+        "chunk of floats": lambda: setattr(entry.chunks[0], "sizes", (131.0, 64.0)),
+        "size of text": lambda: setattr(entry, "size", ("131", "64")),
+        "dtype of text": lambda: object.__setattr__(entry.properties, "dtype", "float32"),
+        "no chunks": lambda: setattr(entry, "chunks", None),
+        "name of bytes": lambda: index.state_dict_metadata.update({b"x": entry}),
+    }
+
+
+KINDS = 9
+
+
+@pytest.mark.parametrize("number", range(KINDS))
+def test_12_index_with_values_of_other_kinds_is_refused(megatron: Path, tmp_path: Path, number: int) -> None:
+    index = read_index(megatron / "release")
+    ways = other_kinds(index)
+    assert len(ways) == KINDS
+    list(ways.values())[number]()
+    (megatron / "release" / ".metadata").write_bytes(pickle.dumps(index))
+    forge_manifest(megatron / "release")
+    message = refused(CorruptInputError, *exporting(megatron), within=tmp_path)
+    assert "not a checkpoint index" in message, list(ways)[number]
+
+
+def test_12_pickle_cannot_set_an_attribute_of_a_class(megatron: Path, tmp_path: Path) -> None:
+    """BUILD on a class instead of an object would change the class for the rest of the process."""
+    content = b"\x80\x04ctorch.distributed.checkpoint.metadata\nMetadata\nN}X\x07\0\0\0changedK\x01s\x86b."
+    (megatron / "release" / ".metadata").write_bytes(content)
+    forge_manifest(megatron / "release")
+    message = refused(UnsafeInputError, *exporting(megatron), within=tmp_path)
+    assert "a change of Metadata" in message
+    assert not hasattr(Metadata, "changed")
 
 
 edits = st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=3), st.integers(0, 3)), min_size=1, max_size=3)
