@@ -35,7 +35,7 @@ from megatron_qwen.conversion.megatron import HF_FOLDER, find_step_folder
 from megatron_qwen.conversion.parameters import WHOLE, Parameter, Shard, is_homogeneous, stored_place
 from megatron_qwen.conversion.plan import StoredTensor
 from megatron_qwen.conversion.rows import MegatronRows, read_shard
-from megatron_qwen.conversion.side_files import config_from_args
+from megatron_qwen.conversion.side_files import find_config
 from megatron_qwen.conversion.transforms import TRANSFORMS, unpad_rows
 from megatron_qwen.errors import ConfigError, CorruptInputError, IncompleteInputError, MismatchError, UnsafeInputError
 from megatron_qwen.model.config import QwenConfig
@@ -82,7 +82,7 @@ class LegacyFolder(MegatronRows):
             )
         _compare_manifest(self.path)
         self.contents = open_rank_files(self.path)
-        self.config = config or _read_config(self.path, self.contents)
+        self.config = config or self._find_config()
         sizes = parallel_sizes(self.path, self.contents)
         experts = self.config.num_experts // sizes["ep"]
         self.contents = {name: split_grouped_experts(each, experts) for name, each in self.contents.items()}
@@ -147,6 +147,10 @@ class LegacyFolder(MegatronRows):
     def watch(self, files: Iterable[Path]) -> None:
         """Let `check_unchanged` look at further files too."""
         self._stamps.add(files)
+
+    def _find_config(self) -> QwenConfig:
+        first = next(iter(self.contents.values()))
+        return find_config(self.path, self.side_folders(), lambda: first.arguments)
 
     def _shards(self, parameter: Parameter) -> list[_Copies]:
         return self._copies[parameter]
@@ -236,22 +240,6 @@ def read_rows(place: TensorPlace, begin: int, end: int) -> Tensor:
 
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.uint8)
-
-
-def _read_config(step_folder: Path, contents: Mapping[str, RankContent]) -> QwenConfig:
-    for folder in (step_folder.parent / HF_FOLDER, step_folder / HF_FOLDER):
-        if (folder / "config.json").is_file():
-            return QwenConfig.from_hf(folder)
-    first = next(iter(contents.values()))
-    if first.arguments is None:
-        raise IncompleteInputError(
-            f"{step_folder}: neither {HF_FOLDER}/config.json nor arguments in the rank files, so the model is not "
-            "known; give its config.json with --config"
-        )
-    config, notes = config_from_args(first.arguments, str(first.file))
-    for note in notes:
-        logger.warning("%s: %s", step_folder, note)
-    return config
 
 
 def _compare_manifest(path: Path) -> None:

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_qwen.checkpoint import manifest
+from megatron_qwen.checkpoint.common_state import read_common
 from megatron_qwen.checkpoint.pickles import METADATA_NAME, read_metadata
 from megatron_qwen.checkpoint.strict_json import listing
 from megatron_qwen.conversion.chunks import ChunkReader
@@ -27,6 +28,7 @@ from megatron_qwen.conversion.legacy_files import is_legacy_step
 from megatron_qwen.conversion.parameters import WHOLE, Parameter, Shard, StoredPlace
 from megatron_qwen.conversion.plan import StoredTensor, find_places
 from megatron_qwen.conversion.rows import MegatronRows
+from megatron_qwen.conversion.side_files import find_config
 from megatron_qwen.conversion.transforms import TRANSFORMS, pad_rows, unpad_rows
 from megatron_qwen.errors import ConfigError, CorruptInputError, IncompleteInputError
 from megatron_qwen.model.config import QwenConfig
@@ -58,9 +60,9 @@ class MegatronFolder(MegatronRows):
             config: the model, for a checkpoint that has no `hf/config.json` beside it.
         """
         self.path = find_step_folder(path, step)
-        self.config = config or _read_config(self.path)
         _compare_manifest(self.path)
         metadata = read_metadata(self.path)
+        self.config = config or find_config(self.path, self.side_folders(), lambda: _arguments(self.path, metadata))
         tensors = {
             key: value
             for key, value in metadata.state_dict_metadata.items()
@@ -210,14 +212,11 @@ def _is_extra_state(key: str) -> bool:
     return "._extra_state" in key
 
 
-def _read_config(step_folder: Path) -> QwenConfig:
-    for folder in (step_folder.parent / HF_FOLDER, step_folder / HF_FOLDER):
-        if (folder / "config.json").is_file():
-            return QwenConfig.from_hf(folder)
-    raise IncompleteInputError(
-        f"{step_folder}: no {HF_FOLDER}/config.json in it or beside it, so the model is not known; put the model's "
-        f"config.json into {step_folder.parent / HF_FOLDER}, or give it with --config"
-    )
+def _arguments(path: Path, metadata: Metadata) -> object:
+    try:
+        return read_common(path, metadata).get("args")
+    except IncompleteInputError:
+        return None
 
 
 def _compare_manifest(path: Path) -> None:

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_qwen.checkpoint.pickles import COMMON_KEY, COMMON_NAME, read_metadata
-from megatron_qwen.checkpoint.torch_file import open_torch_bytes
+from megatron_qwen.checkpoint.common_state import read_common
+from megatron_qwen.checkpoint.pickles import read_metadata
 from megatron_qwen.conversion.chunks import ChunkReader
 from megatron_qwen.conversion.optimizer import (
     WITHOUT_OPTIMIZER,
@@ -172,36 +172,6 @@ def open_torch_dist_optimizer(path: Path, config: QwenConfig) -> TorchDistOptimi
     if not any(_STATE.match(key) for key in metadata.state_dict_metadata):
         return None
     return TorchDistOptimizer(path, config, metadata)
-
-
-def read_common(path: Path, metadata: Metadata) -> dict[str, Any]:
-    """Return what a step's folder holds beside sharded tensors: common.pt, or the object of megatron-core 0.19.
-
-    Raises:
-        IncompleteInputError: there is neither.
-        UnsafeInputError: it needs more than plain data to be opened.
-        CorruptInputError: it is damaged.
-    """
-    if (path / COMMON_NAME).is_file():
-        return _plain(
-            open_torch_bytes((path / COMMON_NAME).read_bytes(), f"{path / COMMON_NAME}"), f"{path / COMMON_NAME}"
-        )
-    for index, storage in metadata.storage_data.items():
-        if index.fqn == COMMON_KEY:
-            where = f"{path / storage.relative_path}: object {COMMON_KEY}"
-            with (path / storage.relative_path).open("rb") as stream:
-                stream.seek(storage.offset)
-                found = open_torch_bytes(stream.read(storage.length), where)
-            return _plain(found[0] if isinstance(found, list) and len(found) == 1 else found, where)
-    raise IncompleteInputError(
-        f"{path}: neither {COMMON_NAME} nor {COMMON_KEY}, which hold the optimizer's step and rates"
-    )
-
-
-def _plain(found: Any, where: str) -> dict[str, Any]:
-    if not isinstance(found, dict):
-        raise CorruptInputError(f"{where}: holds a {type(found).__name__}, expected a dictionary")
-    return found
 
 
 def _parse_common(common: Mapping[str, Any], kind: Kind, where: str) -> OptimizerState:

@@ -8,10 +8,14 @@ Megatron-LM keeps the parsed command line of the run in every checkpoint (`args`
 from __future__ import annotations
 
 import argparse
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_qwen.checkpoint.inside import check_inside
 from megatron_qwen.conversion.legacy_layout import vocabulary_rows
 from megatron_qwen.errors import ConfigError, IncompleteInputError
 from megatron_qwen.model.config import QwenConfig, YarnScaling
@@ -19,6 +23,8 @@ from megatron_qwen.model.flags import pipeline_pattern
 from megatron_qwen.model.rope import yarn_fields
 from megatron_qwen.model.transformer_config import megatron_aux_loss_coefficient
 from megatron_qwen.parallel.layout import ParallelLayout
+
+logger = logging.getLogger(__name__)
 
 
 def megatron_lm_args(
@@ -164,6 +170,34 @@ _FAMILY: tuple[tuple[str, Any, str], ...] = (
 _NEEDED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "max_position_embeddings")
 _NEEDED_TOO = ("layernorm_epsilon", "rotary_base", "padded_vocab_size", "untie_embeddings_and_output_weights")
 _NEEDED_BY_MOE = ("moe_router_topk", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
+
+
+def find_config(step_folder: Path, hf_folders: Sequence[Path], arguments: Callable[[], object]) -> QwenConfig:
+    """Return the model of a Megatron checkpoint: from its config.json or, without one, from Megatron-LM's arguments.
+
+    Args:
+        step_folder: for messages.
+        hf_folders: where config.json may lie, first choice first.
+        arguments: gives `args` of the checkpoint, or anything else if there are none.
+
+    Raises:
+        IncompleteInputError: there is neither, or the arguments do not suffice.
+        ConfigError: they describe a model that is not of this family.
+    """
+    for folder in hf_folders:
+        if (folder / "config.json").is_file():
+            check_inside(folder, "config.json", folder / "config.json")
+            return QwenConfig.from_hf(folder)
+    found = arguments()
+    if not isinstance(found, argparse.Namespace):
+        raise IncompleteInputError(
+            f"{step_folder}: neither config.json in {hf_folders[0]} nor Megatron-LM arguments in the checkpoint, so "
+            "the model is not known; put its config.json there, or give it with --config"
+        )
+    config, notes = config_from_args(found, str(step_folder))
+    for note in notes:
+        logger.warning("%s: %s", step_folder, note)
+    return config
 
 
 def config_from_args(arguments: argparse.Namespace, where: str) -> tuple[QwenConfig, tuple[str, ...]]:

@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_qwen.checkpoint.common_state import read_common
 from megatron_qwen.checkpoint.pickles import read_metadata
 from megatron_qwen.conversion.hf import HfFolder
 from megatron_qwen.conversion.interfaces import WeightSource
 from megatron_qwen.conversion.legacy import LegacyFolder
-from megatron_qwen.conversion.optimizer_torch_dist import read_common
 from megatron_qwen.errors import IncompleteInputError, UnsafeInputError
 
 # Field of config.json: the argument, and how the one follows from the other.

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
-from megatron_qwen.conversion import import_hf
+from megatron_qwen.conversion import export_hf, import_hf
 from megatron_qwen.conversion.bridge_config import RUN_CONFIG_NAME, run_config_yaml
 from megatron_qwen.conversion.legacy import LegacyFolder
 from megatron_qwen.conversion.legacy_layout import RANK_FILE, folder_name
@@ -320,3 +322,31 @@ def test_every_checkpoint_carries_run_config_beside_its_weights(ckpt_format, tmp
     sizes = [section[f"{axis}_model_parallel_size"] for axis in ("tensor", "pipeline")]
     assert sizes == ([2, 2] if layout else [1, 1])
     assert str(tmp_path) not in (tmp_path / "ours" / "release" / RUN_CONFIG_NAME).read_text()
+
+
+@pytest.mark.parametrize("ckpt_format", ["torch", "torch_dist"])
+def test_a_checkpoint_without_config_json_exports_by_its_arguments(ckpt_format, tmp_path, caplog):
+    config = tiny_moe(layers=3, mlp_only_layers=(1,), norm_topk_prob=True)
+    write_tiny_hf(tmp_path / "hf", config)
+    import_hf(tmp_path / "hf", tmp_path / "ours", ckpt_format=ckpt_format, progress=False)
+    shutil.rmtree(tmp_path / "ours" / "hf")
+    export_hf(tmp_path / "ours", tmp_path / "back", progress=False, allow_pickle=True)
+    left, right = (load_file(folder / "model.safetensors") for folder in (tmp_path / "hf", tmp_path / "back"))
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[key], right[key]) for key in left)
+    assert QwenConfig.from_hf(tmp_path / "back").norm_topk_prob
+    assert "bos_token_id" in caplog.text
+
+
+def test_a_torch_dist_checkpoint_without_config_and_arguments_asks_for_the_model(tmp_path):
+    write_tiny_hf(tmp_path / "hf", tiny_dense(layers=2))
+    import_hf(tmp_path / "hf", tmp_path / "ours", progress=False)
+    shutil.rmtree(tmp_path / "ours" / "hf")
+    (tmp_path / "ours" / "release" / "manifest.json").unlink()
+    for content in ({"iteration": 0}, None):
+        if content:
+            torch.save(content, tmp_path / "ours" / "release" / "common.pt")
+        else:
+            (tmp_path / "ours" / "release" / "common.pt").unlink()
+        with pytest.raises(IncompleteInputError, match="--config"):
+            export_hf(tmp_path / "ours", tmp_path / "back", progress=False)

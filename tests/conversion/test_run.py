@@ -217,6 +217,8 @@ def test_checkpoint_of_an_unknown_model_needs_a_config(tmp_path):
     write_tiny_hf(tmp_path / "hf", CONFIGS["dense"])
     import_hf(tmp_path / "hf", tmp_path / "mg", progress=False)
     (tmp_path / "mg" / "hf" / "config.json").unlink()
+    (tmp_path / "mg" / "release" / "manifest.json").unlink()
+    (tmp_path / "mg" / "release" / "common.pt").unlink()  # Megatron-LM's arguments, which would do
     with pytest.raises(IncompleteInputError, match="--config"):
         export_hf(tmp_path / "mg", tmp_path / "back", progress=False)
     wrong = dataclasses.replace(CONFIGS["dense"], num_hidden_layers=4)
