@@ -46,4 +46,5 @@ def programs_of_first_stage(rows: int, device: torch.device) -> int:
 def _multiprocessors(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
-    return 1  # interpreted: a few programs, so that there are partial sums to add
+    # Compiled only: as on an H100. Interpreted: a few programs, so that there are partial sums to add.
+    return 132 if device.type == "meta" else 1

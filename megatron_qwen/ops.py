@@ -18,6 +18,7 @@ from megatron_qwen.kernels.backends import (
     requested_backend,
     use_backend,
 )
+from megatron_qwen.kernels.qkv_rope import context_parallel_positions, packed_positions, qkv_rope, rope_tables
 from megatron_qwen.kernels.rms_norm import add_rms_norm, rms_norm
 from megatron_qwen.kernels.swiglu import swiglu, swiglu_backward_
 
@@ -26,8 +27,12 @@ __all__ = [
     "OpChoice",
     "add_rms_norm",
     "choices",
+    "context_parallel_positions",
+    "packed_positions",
+    "qkv_rope",
     "requested_backend",
     "rms_norm",
+    "rope_tables",
     "swiglu",
     "swiglu_backward_",
     "use_backend",

@@ -217,3 +217,93 @@ def check_rounding_of_bf16() -> None:
 
     kernel.launch_forward(torch.cat([gate, up]).view(1, 10), out)
     assert torch.equal(out[0], (gate * up).bfloat16())
+
+
+def plain_qkv_rope(
+    packed: torch.Tensor, bias: torch.Tensor | None, groups: int, head_dim: int, freqs: torch.Tensor, mscale: float
+) -> tuple[torch.Tensor, ...]:
+    """The chain of plain torch operations; freqs [..., R / 2] are the angles of each token."""
+    if bias is not None:
+        packed = packed + bias
+    heads = packed.unflatten(-1, (groups, packed.shape[-1] // groups // head_dim, head_dim))
+    q, k, v = heads[..., :-2, :].flatten(-3, -2), heads[..., -2, :], heads[..., -1, :]
+    cos, sin = ((torch.cat([f, f], -1) * mscale).to(packed.dtype) for f in (freqs.cos(), freqs.sin()))
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+        first, second = turned.chunk(2, -1)
+        return torch.cat([turned * cos[..., None, :] + torch.cat([-second, first], -1) * sin[..., None, :], rest], -1)
+
+    return rotate(q), rotate(k), v
+
+
+def check_qkv_rope(
+    lead: tuple[int, ...],
+    heads: tuple[int, int, int],
+    rotated: int,
+    dtype: torch.dtype,
+    backend: str,
+    *,
+    with_bias: bool = True,
+    positions: torch.Tensor | None = None,
+    mscale: float = 1.0,
+) -> None:
+    """Args: leading axes; groups, query heads per group and head size; rotated dimensions."""
+    groups, queries, head_dim = heads
+    width = groups * (queries + 2) * head_dim
+    packed = random((*lead, width), dtype, seed=0)
+    inputs = [packed, random((width,), dtype, seed=1)] if with_bias else [packed]
+    grads = [
+        random((*lead, each, head_dim), dtype, seed=2 + i) for i, each in enumerate((groups * queries, groups, groups))
+    ]
+    inv_freq = 1.0 / 100.0 ** (torch.arange(rotated // 2, dtype=torch.float64) * 2 / rotated)
+    rows = torch.arange(lead[0]) if positions is None else positions
+    freqs = rows.double()[..., None] * inv_freq
+    if rows.dim() < len(lead):
+        freqs = freqs.unsqueeze(1)
+    cos, sin = ops.rope_tables(inv_freq, 64, mscale=mscale)
+
+    def ours(packed: torch.Tensor, bias: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        return ops.qkv_rope(packed, cos, sin, num_groups=groups, head_dim=head_dim, bias=bias, positions=positions)
+
+    def plain(packed: torch.Tensor, bias: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        return plain_qkv_rope(packed, bias, groups, head_dim, freqs, mscale)
+
+    check_against_fp64(ours, plain, inputs, grads, backend)
+
+
+def check_gradients_at_foreign_strides(backend: str) -> None:
+    """Attention hands back gradients as [B, N, S, D]."""
+    packed = random((5, 2, 2 * 4 * 8), torch.float32, seed=0).requires_grad_()
+    bias = random((64,), torch.float32, seed=1).requires_grad_()
+    cos, sin = ops.rope_tables(torch.tensor([1.0, 0.3, 0.1, 0.01]), 5)
+    grads = [random((2, heads, 5, 8), torch.float32, seed=heads).permute(2, 0, 1, 3) for heads in (4, 2, 2)]
+    found = []
+    for make in (lambda x: x, torch.Tensor.contiguous):
+        with ops.use_backend(backend):
+            out = ops.qkv_rope(packed, cos, sin, num_groups=2, head_dim=8, bias=bias)
+            found.append(torch.autograd.grad(out, [packed, bias], [make(grad) for grad in grads]))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def check_positions_outside_the_tables(backend: str) -> None:
+    """Such tokens get NaN in queries and keys, no stray read."""
+    cos, sin = ops.rope_tables(torch.tensor([1.0, 0.1]), 4)
+    with ops.use_backend(backend):
+        q, k, v = ops.qkv_rope(
+            torch.ones(3, 12), cos, sin, num_groups=1, head_dim=4, positions=torch.tensor([3, 4, -1])
+        )
+    assert torch.isfinite(q[0]).all()
+    assert q[1:].isnan().all()
+    assert k[1:].isnan().all()
+    assert (v == 1).all()
+
+
+def check_qkv_rope_offsets(backend: str) -> None:
+    packed = rows_beyond_32_bits(24)
+    packed.copy_(random((3, 24), torch.bfloat16, seed=0))
+    cos, sin = ops.rope_tables(torch.tensor([1.0, 0.1, 0.01]), 3)
+    with ops.use_backend(backend):
+        far = ops.qkv_rope(packed, cos, sin, num_groups=1, head_dim=6)
+        near = ops.qkv_rope(packed.contiguous(), cos, sin, num_groups=1, head_dim=6)
+    assert all(torch.equal(a, b) for a, b in zip(far, near, strict=True))

@@ -63,3 +63,33 @@ def test_strides_that_are_no_rows_are_refused_not_copied(interpreted) -> None:
 def test_a_row_too_long_for_a_program_is_refused(interpreted) -> None:
     with pytest.raises(ConfigError, match="a row of 16385 does not fit one program"):
         interpreted(op_checks.run_long_row, "triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("lead", "heads", "rotated"), [((5, 2), (2, 7, 16), 16), ((9,), (3, 1, 10), 6), ((0, 2), (1, 1, 8), 8)]
+)
+def test_qkv_rope(interpreted, lead, heads, rotated: int, dtype: torch.dtype) -> None:
+    interpreted(op_checks.check_qkv_rope, lead, heads, rotated, dtype, "triton", mscale=1.2)
+
+
+@pytest.mark.parametrize(
+    ("lead", "positions"),
+    [((7,), [0, 1, 2, 0, 1, 2, 3]), ((3, 2), [9, 4, 50]), ((3, 2), [[9, 4], [50, 0], [1, 2]])],
+    ids=["packed", "rows", "tokens"],
+)
+def test_qkv_rope_with_positions(interpreted, lead: tuple[int, ...], positions: list[int]) -> None:
+    where = torch.tensor(positions, dtype=torch.int32)
+    interpreted(op_checks.check_qkv_rope, lead, (2, 2, 8), 8, torch.float32, "triton", with_bias=False, positions=where)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        op_checks.check_gradients_at_foreign_strides,
+        op_checks.check_positions_outside_the_tables,
+        op_checks.check_qkv_rope_offsets,
+    ],
+)
+def test_qkv_rope_in_special_cases(interpreted, check) -> None:
+    interpreted(check, "triton")
