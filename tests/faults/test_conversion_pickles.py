@@ -228,6 +228,29 @@ def test_12_damaged_index_of_a_torch_dist_folder_is_one_error(
     assert check_index(megatron, BOMBS[name], exported) == 3
 
 
+def test_12_memo_far_away_takes_no_memory(megatron: Path, tmp_path: Path) -> None:
+    """Five bytes that make the unpickler in C fill 32 GB are read for what they are: a None."""
+    (megatron / "release" / ".metadata").write_bytes(BOMBS["far memo"])
+    forge_manifest(megatron / "release")
+    assert "holds a NoneType" in refused(CorruptInputError, *exporting(megatron), within=tmp_path)
+
+
+@pytest.mark.parametrize(("local", "central", "value"), [(6, 8, 1), (8, 10, 8), (8, 10, 99)])
+def test_12_chunk_encrypted_or_compressed_is_one_error(
+    megatron: Path, tmp_path: Path, local: int, central: int, value: int
+) -> None:
+    shard = megatron / "release" / "__0_0.distcp"
+    raw = bytearray(shard.read_bytes())
+    for mark, place in ((b"PK\x03\x04", local), (b"PK\x01\x02", central)):
+        at = raw.find(mark)
+        while at >= 0:
+            raw[at + place] = value
+            at = raw.find(mark, at + 4)
+    shard.write_bytes(raw)
+    forge_manifest(megatron / "release")
+    assert str(shard) in refused(CorruptInputError, *exporting(megatron), within=tmp_path)
+
+
 def other_kinds(index: Any) -> dict[str, Callable[[], object]]:
     """Ways in which an index of the right classes can hold values of the wrong kind."""
     key = "embedding.word_embeddings.weight"
