@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import stock_optimizer as stock
 import torch
-from test_optimizer_faults import QUIET, load, rank_path, run_at
+from made_up_run import QUIET, load, rank_path, run_at
 
 from megatron_qwen.conversion import reshard
 from megatron_qwen.conversion.legacy_layout import rank_files
