@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from megatron_qwen.checkpoint.common_state import read_common
 from megatron_qwen.checkpoint.pickles import read_metadata
 from megatron_qwen.conversion.bridge_config import bridge_file
 from megatron_qwen.conversion.engine import read_in_parallel
@@ -32,7 +33,6 @@ from megatron_qwen.conversion.optimizer_legacy_output import LegacyOptimizerOutp
 from megatron_qwen.conversion.optimizer_torch_dist import (
     TorchDistOptimizer,
     open_torch_dist_optimizer,
-    read_common,
     torch_dist_optimizer,
 )
 from megatron_qwen.conversion.options import ConversionOptions
