@@ -66,12 +66,17 @@ def step_in_turn(
     return steps
 
 
+# Training amplifies rounding: a MoE of 16 experts in fp32 was within 5e-6 of transformers for eight steps, and
+# transformers itself (two threads, atomic sums) differed by 9e-5 between two runs at the thirteenth.
+COMPARED_STEPS = 5
+
+
 def check_agreement(names: Sequence[str], values: Sequence[Sequence[float]], tolerance: float) -> float:
     """Refuse to compare the speed of contestants that do not compute the same.
 
     Args:
         names: the contestants.
-        values: per contestant one check value (a loss) per step.
+        values: per contestant one check value (a loss) per step; the first `COMPARED_STEPS` are compared.
         tolerance: largest relative difference from the first contestant.
 
     Returns:
@@ -82,7 +87,8 @@ def check_agreement(names: Sequence[str], values: Sequence[Sequence[float]], tol
     """
     worst = 0.0
     for name, mine in zip(names, values, strict=True):
-        for step, (reference, value) in enumerate(zip(values[0], mine, strict=True)):
+        pairs = zip(values[0][:COMPARED_STEPS], mine[:COMPARED_STEPS], strict=True)
+        for step, (reference, value) in enumerate(pairs):
             difference = abs(value - reference) / max(abs(reference), 1e-30)
             if not difference <= tolerance:
                 raise MismatchError(
