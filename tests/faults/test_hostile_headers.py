@@ -256,7 +256,7 @@ def fuzz_bytes(templates: Path, single: Path, changes: list[tuple[float, bytes, 
     check_mutation(single, bytes(raw))
 
 
-@fuzzed(40)
+@fuzzed(30)
 @given(changes=edits)
 def test_10_mutated_header_is_refused_or_read_as_safetensors_reads_it(
     templates: Path, single: Path, changes: list[tuple[float, bytes, int]]
@@ -264,7 +264,7 @@ def test_10_mutated_header_is_refused_or_read_as_safetensors_reads_it(
     fuzz_bytes(templates, single, changes)
 
 
-@fuzzed(60)
+@fuzzed(40)
 @given(name=st.floats(0, 1), field=fields, value=values)
 def test_10_header_with_another_value_is_refused_or_read_as_safetensors_reads_it(
     templates: Path, single: Path, name: float, field: str | None, value: object
