@@ -57,7 +57,7 @@ CASES = (
             Contestant(name="gemm", factory=f"{_CASES}.gemm:Gemm", is_ceiling=True),
         ),
         # Losses of the same weights on the same tokens.
-        tolerance={"fp32": 2e-5, "bf16": 2e-2},
+        tolerance={"fp32": 1e-4, "bf16": 2e-2},
     ),
     # What they do differs by arguments, and they agree bit for bit: see `cases/convert.py`.
     Case(
