@@ -163,7 +163,8 @@ def limited(templates: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 def require_quick(ended: Ended, kind: type[QwenError]) -> str:
     message = require_refusal(ended, kind)
-    assert ended.seconds < 1.0
+    # Processor time; alone the slowest takes half of this, beside other tests on shared cores up to 1.4 s were seen.
+    assert ended.seconds < 2.0
     assert len(message) < 3000
     return message
 
