@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from megatron_qwen.checkpoint.strict_json import read_strict_json
 from megatron_qwen.errors import CorruptInputError
+from megatron_qwen.strict_json import read_strict_json
 
 MANIFEST_NAME = "manifest.json"
 FORMAT, VERSION = "megatron-qwen-manifest", 1

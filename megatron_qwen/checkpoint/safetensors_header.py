@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_qwen.checkpoint.inside import check_inside
-from megatron_qwen.checkpoint.strict_json import kind, listing, parse_strict_json, read_strict_json, shown
 from megatron_qwen.errors import CorruptInputError, IncompleteInputError, MismatchError, UnsafeInputError
+from megatron_qwen.strict_json import kind, listing, parse_strict_json, read_strict_json, shown
 
 logger = logging.getLogger(__name__)
 

@@ -25,8 +25,8 @@ from typing import Any
 
 from megatron_qwen.checkpoint import agreement, atomic, manifest
 from megatron_qwen.checkpoint.lock import hold_lock
-from megatron_qwen.checkpoint.strict_json import parse_strict_json
 from megatron_qwen.errors import CorruptInputError, IncompleteInputError, StorageError
+from megatron_qwen.strict_json import parse_strict_json
 from megatron_qwen.testing import failpoints
 
 logger = logging.getLogger(__name__)

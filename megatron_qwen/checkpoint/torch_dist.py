@@ -31,8 +31,8 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from megatron_qwen import compat
 from megatron_qwen.checkpoint import agreement
 from megatron_qwen.checkpoint.pickles import COMMON_NAME, check_pickles, read_metadata
-from megatron_qwen.checkpoint.strict_json import listing
 from megatron_qwen.errors import CorruptInputError, MismatchError, StorageError
+from megatron_qwen.strict_json import listing
 from megatron_qwen.testing import failpoints
 
 failpoints.register("save.planned", "the ranks agreed who writes what; this rank has written nothing")

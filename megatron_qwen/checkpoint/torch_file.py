@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_qwen.checkpoint.strict_json import listing
 from megatron_qwen.errors import ConfigError, CorruptInputError, IncompleteInputError, UnsafeInputError
+from megatron_qwen.strict_json import listing
 
 # Modules of which a checkpoint may name classes and functions; none is imported, `Inert` stands for all of them.
 _INERT_MODULES = ("megatron", "numpy", "signal", "pathlib")

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from megatron_qwen.checkpoint.inside import check_inside
-from megatron_qwen.checkpoint.strict_json import listing
 from megatron_qwen.checkpoint.torch_file import TensorPlace, locate, open_torch_file
 from megatron_qwen.conversion.legacy_layout import RANK_FILE, ModelChunk, Naming, RankFile
 from megatron_qwen.errors import CorruptInputError, IncompleteInputError, MismatchError
 from megatron_qwen.model.config import QwenConfig
 from megatron_qwen.parallel.layout import ParallelLayout
+from megatron_qwen.strict_json import listing
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FOLDER = re.compile(r"^mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?$")

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_qwen.checkpoint.atomic import refuse_unfinished
-from megatron_qwen.checkpoint.strict_json import listing
 from megatron_qwen.conversion.hf import HfFolder, has_hf_weights
 from megatron_qwen.conversion.legacy import LegacyFolder
 from megatron_qwen.conversion.legacy_files import is_legacy_step
@@ -27,6 +26,7 @@ from megatron_qwen.conversion.parameters import (
 )
 from megatron_qwen.errors import IncompleteInputError, MismatchError
 from megatron_qwen.model.config import QwenConfig
+from megatron_qwen.strict_json import listing
 
 if TYPE_CHECKING:
     from megatron_qwen.parallel.layout import ParallelLayout

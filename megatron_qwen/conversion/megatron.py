@@ -21,7 +21,6 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from megatron_qwen.checkpoint import manifest
 from megatron_qwen.checkpoint.common_state import read_common
 from megatron_qwen.checkpoint.pickles import METADATA_NAME, read_metadata
-from megatron_qwen.checkpoint.strict_json import listing
 from megatron_qwen.conversion.chunks import ChunkReader
 from megatron_qwen.conversion.hf import FileStamps, head_sizes
 from megatron_qwen.conversion.legacy_files import is_legacy_step
@@ -32,6 +31,7 @@ from megatron_qwen.conversion.side_files import find_config
 from megatron_qwen.conversion.transforms import TRANSFORMS, pad_rows, unpad_rows
 from megatron_qwen.errors import ConfigError, CorruptInputError, IncompleteInputError
 from megatron_qwen.model.config import QwenConfig
+from megatron_qwen.strict_json import listing
 
 logger = logging.getLogger(__name__)
 

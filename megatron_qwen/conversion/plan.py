@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_qwen.checkpoint.safetensors_header import TensorEntry
-from megatron_qwen.checkpoint.strict_json import listing
 from megatron_qwen.conversion.names import EMBEDDING_NAME, OUTPUT_NAME, SYMBOL_FIELDS
 from megatron_qwen.conversion.parameters import (
     Parameter,
@@ -30,6 +29,7 @@ from megatron_qwen.conversion.parameters import (
 )
 from megatron_qwen.errors import MismatchError
 from megatron_qwen.model.config import QwenConfig
+from megatron_qwen.strict_json import listing
 
 FLOAT_DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
