@@ -16,7 +16,7 @@ _PUBLIC = {
     "build_model": "megatron_qwen.model.build",
     "get_qwen_layer_spec": "megatron_qwen.model.spec",
     "QWEN_LAYER_SPEC": "megatron_qwen.model.spec",
-    "load_model": "megatron_qwen.conversion.run",
+    "load_model": "megatron_qwen.conversion.loading",
     "ParallelLayout": "megatron_qwen.parallel.layout",
 }
 
@@ -33,7 +33,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from megatron_qwen import ops
-    from megatron_qwen.conversion.run import load_model
+    from megatron_qwen.conversion.loading import load_model
     from megatron_qwen.model.build import build_model
     from megatron_qwen.model.config import QwenConfig
     from megatron_qwen.model.spec import QWEN_LAYER_SPEC, get_qwen_layer_spec

@@ -15,10 +15,10 @@ from megatron_qwen.cli import convert_upcycle
 from megatron_qwen.errors import ConfigError, MismatchError
 
 if TYPE_CHECKING:
-    from megatron_qwen.conversion.advance import Advance
-    from megatron_qwen.conversion.comparison import VerifyReport
-    from megatron_qwen.conversion.digests import ManifestReport
-    from megatron_qwen.conversion.divergence import LogitsReport
+    from megatron_qwen.conversion.comparison.advance import Advance
+    from megatron_qwen.conversion.comparison.logits import LogitsReport
+    from megatron_qwen.conversion.comparison.manifests import ManifestReport
+    from megatron_qwen.conversion.comparison.weights import VerifyReport
 
 
 def register(group: typer.Typer) -> None:
@@ -54,26 +54,26 @@ def verify_command(
     weights = weights or not (logits or manifest)
     if b is None and (weights or logits):
         raise ConfigError("convert verify: the second folder is missing; only --manifest alone does without")
-    from megatron_qwen.conversion import comparison, digests, divergence
-    from megatron_qwen.conversion.advance import silent
+    from megatron_qwen.conversion.comparison.advance import silent
+    from megatron_qwen.conversion.comparison.logits import compare_logits
+    from megatron_qwen.conversion.comparison.manifests import compare_manifests
+    from megatron_qwen.conversion.comparison.weights import verify
 
     progress = silent if as_json else _bar
     reports: dict[str, VerifyReport | ManifestReport | LogitsReport] = {}
     if manifest:
         folders = (a,) if b is None else (a, b)
-        reports["manifest"] = found = digests.compare_manifests(*folders, threads=threads, progress=progress)
+        reports["manifest"] = found = compare_manifests(*folders, threads=threads, progress=progress)
         if not as_json:
             _print_files(found)
     if weights:
         assert b is not None
-        reports["weights"] = compared = comparison.verify(
-            a, b, threads=threads, allow_pickle=allow_pickle, progress=progress
-        )
+        reports["weights"] = compared = verify(a, b, threads=threads, allow_pickle=allow_pickle, progress=progress)
         if not as_json:
             _print_differences(compared)
     if logits:
         assert b is not None
-        reports["logits"] = outcome = divergence.compare_logits(
+        reports["logits"] = outcome = compare_logits(
             a,
             b,
             tokens=tokens,

@@ -14,9 +14,9 @@ _PUBLIC = {
     "reshard": "run",
     "plan_export": "plan",
     "plan_import": "plan",
-    "verify": "comparison",
-    "compare_logits": "divergence",
-    "compare_manifests": "digests",
+    "verify": "comparison.weights",
+    "compare_logits": "comparison.logits",
+    "compare_manifests": "comparison.manifests",
     "make_recipe": "upcycle",
     "upcycle_hf": "upcycle",
 }

@@ -1,6 +1,6 @@
 """What a conversion is made of: a source gives parameters, an output is files whose pieces are written in any order.
 
-    source (HfFolder | MegatronFolder | LegacyFolder)  ->  plan  ->  [OutputFile, ...]  ->  engine.write_output
+    source (HfFolder | MegatronFolder | LegacyFolder)  ->  plan  ->  [OutputFile, ...]  ->  engine.write.write_output
 
 Every format is a file skeleton (header, pickle, zip framing) of known size with tensor bytes at known offsets, so one
 engine schedules the pieces of all formats over threads within a memory budget, hashes, resumes and reports progress.

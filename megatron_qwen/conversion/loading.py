@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_qwen.checkpoint.atomic import refuse_unfinished
-from megatron_qwen.conversion.hf import HfFolder, has_hf_weights
-from megatron_qwen.conversion.legacy import LegacyFolder
-from megatron_qwen.conversion.legacy_files import is_legacy_step
-from megatron_qwen.conversion.megatron import MegatronFolder, find_step_folder, is_step
+from megatron_qwen.conversion.formats.hf.source import HfFolder, has_hf_weights
+from megatron_qwen.conversion.formats.legacy.files import is_legacy_step
+from megatron_qwen.conversion.formats.legacy.source import LegacyFolder
+from megatron_qwen.conversion.formats.torch_dist.source import MegatronFolder, find_step_folder, is_step
 from megatron_qwen.conversion.parameters import (
     WHOLE,
     Parameter,

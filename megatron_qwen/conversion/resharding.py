@@ -17,20 +17,24 @@ import torch
 
 from megatron_qwen.checkpoint.common_state import read_common
 from megatron_qwen.checkpoint.pickles import read_metadata
-from megatron_qwen.conversion.bridge_config import bridge_file
-from megatron_qwen.conversion.engine import read_in_parallel
-from megatron_qwen.conversion.hf_output import companion_files, config_file
+from megatron_qwen.conversion.engine.numerics import CheckedWeights
+from megatron_qwen.conversion.engine.pieces import BLOCK_BYTES
+from megatron_qwen.conversion.engine.write import read_in_parallel
+from megatron_qwen.conversion.formats.bridge_config import bridge_file
+from megatron_qwen.conversion.formats.hf.output import companion_files, config_file
+from megatron_qwen.conversion.formats.legacy.layout import NAMINGS, check_legacy_layout
+from megatron_qwen.conversion.formats.legacy.output import legacy_output
+from megatron_qwen.conversion.formats.legacy.source import LegacyFolder
+from megatron_qwen.conversion.formats.megatron_lm_args import megatron_lm_args
+from megatron_qwen.conversion.formats.torch_dist.output import torch_dist_output
+from megatron_qwen.conversion.formats.torch_dist.source import HF_FOLDER, TRACKER_NAME, MegatronFolder
 from megatron_qwen.conversion.interfaces import OutputFile, WeightSource, bytes_file
-from megatron_qwen.conversion.legacy import LegacyFolder
-from megatron_qwen.conversion.legacy_layout import NAMINGS, check_legacy_layout
-from megatron_qwen.conversion.legacy_output import legacy_output
 from megatron_qwen.conversion.loading import open_source
-from megatron_qwen.conversion.megatron import HF_FOLDER, TRACKER_NAME, MegatronFolder
-from megatron_qwen.conversion.numerics import CheckedWeights
-from megatron_qwen.conversion.optimizer import WITHOUT_OPTIMIZER, OptimizerReader, OptimizerSource, Role
-from megatron_qwen.conversion.optimizer_legacy import LegacyOptimizer, open_legacy_optimizer
-from megatron_qwen.conversion.optimizer_legacy_output import LegacyOptimizerOutput
-from megatron_qwen.conversion.optimizer_torch_dist import (
+from megatron_qwen.conversion.optimizer.legacy import LegacyOptimizer, open_legacy_optimizer
+from megatron_qwen.conversion.optimizer.legacy_output import LegacyOptimizerOutput
+from megatron_qwen.conversion.optimizer.run_record import RunRecord, read_run_record
+from megatron_qwen.conversion.optimizer.state import WITHOUT_OPTIMIZER, OptimizerReader, OptimizerSource, Role
+from megatron_qwen.conversion.optimizer.torch_dist import (
     TorchDistOptimizer,
     open_torch_dist_optimizer,
     torch_dist_optimizer,
@@ -44,11 +48,7 @@ from megatron_qwen.conversion.parameters import (
     parameters,
     stored_place,
 )
-from megatron_qwen.conversion.pieces import BLOCK_BYTES
 from megatron_qwen.conversion.plan import ConversionPlan, PlannedParameter
-from megatron_qwen.conversion.run_record import RunRecord, read_run_record
-from megatron_qwen.conversion.side_files import megatron_lm_args
-from megatron_qwen.conversion.torch_dist_output import torch_dist_output
 from megatron_qwen.errors import ConfigError, CorruptInputError, Interrupted
 from megatron_qwen.parallel.layout import ParallelLayout
 

@@ -19,22 +19,22 @@ import torch
 from torch import Tensor
 
 from megatron_qwen.checkpoint import manifest
-from megatron_qwen.conversion.engine import check_memory, default_threads, peak_memory, write_output
-from megatron_qwen.conversion.hf import HfFolder
+from megatron_qwen.conversion.engine.numerics import CheckedWeights
+from megatron_qwen.conversion.engine.progress import progress_bar
+from megatron_qwen.conversion.engine.staging import Staging, finish, is_finished, staged
+from megatron_qwen.conversion.engine.target import check_disk, check_target, existing_parent, fingerprint_of, follow
+from megatron_qwen.conversion.engine.verification import verify_output
+from megatron_qwen.conversion.engine.write import check_memory, default_threads, peak_memory, write_output
+from megatron_qwen.conversion.formats.hf.source import HfFolder
+from megatron_qwen.conversion.formats.torch_dist.source import RELEASE
 from megatron_qwen.conversion.interfaces import OutputFile, WeightSource
 from megatron_qwen.conversion.loading import Source, load_model, load_weights_into, open_source, read_config
-from megatron_qwen.conversion.megatron import RELEASE
-from megatron_qwen.conversion.numerics import CheckedWeights
 from megatron_qwen.conversion.options import ConversionOptions
 from megatron_qwen.conversion.outputs import hf_files, megatron_files
 from megatron_qwen.conversion.parameters import tied_output
 from megatron_qwen.conversion.plan import ConversionPlan
-from megatron_qwen.conversion.progress import progress_bar
 from megatron_qwen.conversion.report import ConversionReport, DryRun, FileSize, expected_seconds
 from megatron_qwen.conversion.resharding import reshard_files, verify_optimizer
-from megatron_qwen.conversion.staging import Staging, finish, is_finished, staged
-from megatron_qwen.conversion.target import check_disk, check_target, existing_parent, fingerprint_of, follow
-from megatron_qwen.conversion.verification import verify_output
 from megatron_qwen.errors import Interrupted, MismatchError, QwenError
 from megatron_qwen.model.config import QwenConfig
 from megatron_qwen.signals import StopRequest

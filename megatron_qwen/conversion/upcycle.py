@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from megatron_qwen.checkpoint.safetensors_header import TensorEntry
-from megatron_qwen.conversion.hf import HfFolder, head_sizes
+from megatron_qwen.conversion.formats.hf.source import HfFolder, head_sizes
 from megatron_qwen.conversion.options import ConversionOptions
 from megatron_qwen.conversion.outputs import hf_files
 from megatron_qwen.conversion.parameters import WHOLE, Parameter, Shard, parameters, tied_output

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from megatron_qwen.conversion import import_hf
-from megatron_qwen.conversion.legacy_layout import rank_files
-from megatron_qwen.conversion.optimizer_layout import members
+from megatron_qwen.conversion.formats.legacy.layout import rank_files
+from megatron_qwen.conversion.optimizer.layout import members
 from megatron_qwen.model.config import QwenConfig
 from megatron_qwen.parallel.layout import ParallelLayout
 from megatron_qwen.testing.tiny import write_tiny_hf

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatron_qwen.conversion.legacy_layout import folder_name
+from megatron_qwen.conversion.formats.legacy.layout import folder_name
 from megatron_qwen.model.config import QwenConfig
 from megatron_qwen.parallel.layout import ParallelLayout
 
@@ -205,7 +205,7 @@ def save_legacy(stock: Stock, config: QwenConfig, folder: Path, step: int, *, di
     """Save as Megatron-LM's save_checkpoint does with --ckpt-format torch."""
     from megatron.core import parallel_state
 
-    from megatron_qwen.conversion.side_files import megatron_lm_args
+    from megatron_qwen.conversion.formats.megatron_lm_args import megatron_lm_args
 
     arguments = {
         **vars(megatron_lm_args(config, stock.layout, ckpt_format="torch", transformer_impl="local")),

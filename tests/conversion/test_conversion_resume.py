@@ -15,9 +15,9 @@ import pytest
 
 from megatron_qwen.checkpoint.atomic import stale_staging
 from megatron_qwen.conversion import export_hf, import_hf
+from megatron_qwen.conversion.engine.staging import JOURNAL_NAME, OUTPUT_NAME, Journal
 from megatron_qwen.conversion.report import ConversionReport
 from megatron_qwen.conversion.run import reshard
-from megatron_qwen.conversion.staging import JOURNAL_NAME, OUTPUT_NAME, Journal
 from megatron_qwen.errors import NumericsError, StorageError
 from megatron_qwen.parallel.layout import ParallelLayout
 from megatron_qwen.testing import failpoints

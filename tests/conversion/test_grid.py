@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_qwen.conversion import export_hf, import_hf, reshard
-from megatron_qwen.conversion.legacy_layout import rank_files
+from megatron_qwen.conversion.formats.legacy.layout import rank_files
 from megatron_qwen.model.config import QwenConfig
 from megatron_qwen.parallel.layout import ParallelLayout
 from megatron_qwen.testing.tiny import tiny_dense, tiny_moe, write_tiny_hf

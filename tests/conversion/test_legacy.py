@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_qwen.conversion import export_hf, import_hf
-from megatron_qwen.conversion.legacy import LegacyFolder
-from megatron_qwen.conversion.legacy_layout import RANK_FILE, rank_files
-from megatron_qwen.conversion.side_files import megatron_lm_args
+from megatron_qwen.conversion.formats.legacy.layout import RANK_FILE, rank_files
+from megatron_qwen.conversion.formats.legacy.source import LegacyFolder
+from megatron_qwen.conversion.formats.megatron_lm_args import megatron_lm_args
 from megatron_qwen.model.config import QwenConfig
 from megatron_qwen.parallel.layout import ParallelLayout
 from megatron_qwen.testing.ranks import run_ranks

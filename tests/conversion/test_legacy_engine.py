@@ -18,8 +18,8 @@ import transformer_engine_stand_in
 from safetensors.torch import load_file
 
 from megatron_qwen.conversion import export_hf, import_hf
-from megatron_qwen.conversion.legacy import LegacyFolder, read_rows
-from megatron_qwen.conversion.legacy_layout import RANK_FILE, TRANSFORMER_ENGINE, rank_files
+from megatron_qwen.conversion.formats.legacy.layout import RANK_FILE, TRANSFORMER_ENGINE, rank_files
+from megatron_qwen.conversion.formats.legacy.source import LegacyFolder, read_rows
 from megatron_qwen.model.config import QwenConfig
 from megatron_qwen.parallel.layout import ParallelLayout
 from megatron_qwen.testing.ranks import run_ranks

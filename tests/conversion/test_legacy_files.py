@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_qwen.conversion import export_hf, import_hf
-from megatron_qwen.conversion.legacy import LegacyFolder
-from megatron_qwen.conversion.legacy_layout import RANK_FILE
+from megatron_qwen.conversion.formats.legacy.layout import RANK_FILE
+from megatron_qwen.conversion.formats.legacy.source import LegacyFolder
 from megatron_qwen.conversion.loading import open_source
 from megatron_qwen.conversion.parameters import parameters
 from megatron_qwen.errors import (
@@ -198,7 +198,9 @@ def test_19_more_padding_than_we_would_add_is_read(good, folder, tmp_path):
 
 def test_without_the_flag_nothing_is_opened(folder, monkeypatch):
     path = folder("dense")
-    monkeypatch.setattr("megatron_qwen.conversion.legacy_files.open_torch_file", lambda *_: pytest.fail("opened"))
+    monkeypatch.setattr(
+        "megatron_qwen.conversion.formats.legacy.files.open_torch_file", lambda *_: pytest.fail("opened")
+    )
     for opener in (LegacyFolder, open_source, lambda each: export_hf(each, each / "out", progress=False)):
         with pytest.raises(UnsafeInputError, match="--allow-pickle"):
             opener(path)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from megatron_qwen.conversion import import_hf
-from megatron_qwen.conversion.legacy import shard_runs
-from megatron_qwen.conversion.legacy_layout import rank_files, vocabulary_rows
+from megatron_qwen.conversion.formats.legacy.layout import rank_files, vocabulary_rows
+from megatron_qwen.conversion.formats.legacy.source import shard_runs
 from megatron_qwen.conversion.parameters import Shard, parameters
 from megatron_qwen.errors import (
     ConfigError,

@@ -17,10 +17,10 @@ import yaml
 from safetensors.torch import load_file
 
 from megatron_qwen.conversion import export_hf, import_hf
-from megatron_qwen.conversion.bridge_config import RUN_CONFIG_NAME, run_config_yaml
-from megatron_qwen.conversion.legacy import LegacyFolder
-from megatron_qwen.conversion.legacy_layout import RANK_FILE, folder_name
-from megatron_qwen.conversion.side_files import config_from_args, megatron_lm_args
+from megatron_qwen.conversion.formats.bridge_config import RUN_CONFIG_NAME, run_config_yaml
+from megatron_qwen.conversion.formats.legacy.layout import RANK_FILE, folder_name
+from megatron_qwen.conversion.formats.legacy.source import LegacyFolder
+from megatron_qwen.conversion.formats.megatron_lm_args import config_from_args, megatron_lm_args
 from megatron_qwen.errors import ConfigError, IncompleteInputError
 from megatron_qwen.model.config import QwenConfig, YarnScaling
 from megatron_qwen.model.flags import LaunchSettings, megatron_lm_flags

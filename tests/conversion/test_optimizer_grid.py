@@ -11,7 +11,7 @@ import torch
 from made_up_run import QUIET, load, rank_path, run_at
 
 from megatron_qwen.conversion import reshard
-from megatron_qwen.conversion.legacy_layout import rank_files
+from megatron_qwen.conversion.formats.legacy.layout import rank_files
 from megatron_qwen.model.config import QwenConfig
 from megatron_qwen.parallel.layout import ParallelLayout
 from megatron_qwen.testing.ranks import run_ranks

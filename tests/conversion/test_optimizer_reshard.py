@@ -95,8 +95,8 @@ def check_numbers(config: QwenConfig, layout: ParallelLayout, bucket_size: int |
     from megatron.core import parallel_state
 
     from megatron_qwen.compat import _without_bucket_padding
-    from megatron_qwen.conversion.legacy_layout import rank_files
-    from megatron_qwen.conversion.optimizer_layout import members
+    from megatron_qwen.conversion.formats.legacy.layout import rank_files
+    from megatron_qwen.conversion.optimizer.layout import members
 
     built = stock.build(config, layout, bucket_size=bucket_size)
     place = (

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_qwen.conversion import export_hf, import_hf
-from megatron_qwen.conversion.hf import HfFolder
+from megatron_qwen.conversion.formats.hf.source import HfFolder
 from megatron_qwen.errors import (
     IncompleteInputError,
     UnsafeInputError,

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from megatron_qwen.conversion import import_hf
-from megatron_qwen.conversion.hf import HfFolder, head_sizes
-from megatron_qwen.conversion.megatron import MegatronFolder
+from megatron_qwen.conversion.formats.hf.source import HfFolder, head_sizes
+from megatron_qwen.conversion.formats.torch_dist.source import MegatronFolder
 from megatron_qwen.conversion.parameters import parameters
 from megatron_qwen.conversion.rows import gather_hf_rows, gather_rows, row_runs
 from megatron_qwen.conversion.transforms import TRANSFORMS

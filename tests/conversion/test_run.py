@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 
 from megatron_qwen.cli import convert
 from megatron_qwen.conversion import export_hf, import_hf, verify
-from megatron_qwen.conversion.engine import write_output
-from megatron_qwen.conversion.hf import HfFolder
-from megatron_qwen.conversion.hf_output import hf_output
-from megatron_qwen.conversion.megatron import MegatronFolder, shard_boxes
+from megatron_qwen.conversion.engine.pieces import TensorRows
+from megatron_qwen.conversion.engine.write import write_output
+from megatron_qwen.conversion.formats.hf.output import hf_output
+from megatron_qwen.conversion.formats.hf.source import HfFolder
+from megatron_qwen.conversion.formats.torch_dist.source import MegatronFolder, shard_boxes
 from megatron_qwen.conversion.parameters import Shard, hf_file_order, parameters
-from megatron_qwen.conversion.pieces import TensorRows
 from megatron_qwen.errors import CorruptInputError, IncompleteInputError, MismatchError, QwenError, StorageError
 from megatron_qwen.model.config import QwenConfig
 from megatron_qwen.testing.tiny import tiny_dense, tiny_moe, write_tiny_hf

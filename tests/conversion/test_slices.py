@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_qwen.conversion import byte_ranges, export_hf, import_hf, run
+from megatron_qwen.conversion import export_hf, import_hf, run
+from megatron_qwen.conversion.formats import byte_ranges
 from megatron_qwen.conversion.run import prepare_export, prepare_import
 from megatron_qwen.errors import ConfigError, CorruptInputError, MismatchError, NumericsError, QwenError, StorageError
 from megatron_qwen.model.config import QwenConfig
@@ -184,7 +185,7 @@ def test_every_contradiction_comes_at_once_also_those_of_target_and_disk(hf, tmp
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes").touch()
     usage = type("usage", (), {"free": 1000})
-    monkeypatch.setattr("megatron_qwen.conversion.target.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("megatron_qwen.conversion.engine.target.shutil.disk_usage", lambda _: usage)
     with pytest.raises(QwenError) as caught:
         prepare_import(hf, tmp_path / "out", max_memory=10)
     message = str(caught.value)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_qwen.conversion.hf import cut
+from megatron_qwen.conversion.formats.hf.source import cut
 from megatron_qwen.conversion.parameters import Shard
 from megatron_qwen.conversion.transforms import (
     HeadSizes,

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from megatron_qwen import conversion
 from megatron_qwen.cli import convert
-from megatron_qwen.conversion.hf import HfFolder
+from megatron_qwen.conversion.formats.hf.source import HfFolder
 from megatron_qwen.conversion.loading import open_source
 from megatron_qwen.conversion.parameters import Shard, parameters
 from megatron_qwen.conversion.upcycle import UpcycledModel, UpcyclingRecipe, make_recipe, prepare_upcycle

@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 from megatron_qwen import conversion
 from megatron_qwen.checkpoint.manifest import write_manifest
 from megatron_qwen.cli import convert
-from megatron_qwen.conversion import comparison, verify
-from megatron_qwen.conversion.comparison import compare_tensors
-from megatron_qwen.conversion.digests import compare_manifests
+from megatron_qwen.conversion import verify
+from megatron_qwen.conversion.comparison import weights
+from megatron_qwen.conversion.comparison.manifests import compare_manifests
+from megatron_qwen.conversion.comparison.weights import compare_tensors
 from megatron_qwen.errors import ConfigError, CorruptInputError, IncompleteInputError, QwenError, UnsafeInputError
 from megatron_qwen.parallel.layout import ParallelLayout
 from megatron_qwen.testing.tiny import tiny_dense, tiny_moe, write_tiny_hf
@@ -80,7 +81,7 @@ def test_every_difference_of_two_folders_is_listed(tmp_path):
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_blocks_of_a_tensor_make_one_difference(tmp_path, monkeypatch, threads):
-    monkeypatch.setattr(comparison, "_BLOCK_BYTES", 1000)  # three rows of 64 fp32 values
+    monkeypatch.setattr(weights, "_BLOCK_BYTES", 1000)  # three rows of 64 fp32 values
 
     def edit(weights):
         weights["lm_head.weight"][50, 7] += 3.0

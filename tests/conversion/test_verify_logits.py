@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_qwen import conversion
 from megatron_qwen.conversion import compare_logits
-from megatron_qwen.conversion.layer_trace import measure
+from megatron_qwen.conversion.comparison.layer_trace import measure
 from megatron_qwen.errors import ConfigError, MismatchError
 from megatron_qwen.model.config import YarnScaling
 from megatron_qwen.testing.tiny import tiny_dense, tiny_moe, write_tiny_hf

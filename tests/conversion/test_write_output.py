@@ -15,10 +15,10 @@ import torch
 
 from megatron_qwen.checkpoint.manifest import FileRecord, hash_files
 from megatron_qwen.conversion import interfaces
-from megatron_qwen.conversion.engine import HASH_BYTES, peak_memory, write_output
+from megatron_qwen.conversion.engine.pieces import TensorRows, block_bytes, row_pieces
+from megatron_qwen.conversion.engine.staging import Journal
+from megatron_qwen.conversion.engine.write import HASH_BYTES, peak_memory, write_output
 from megatron_qwen.conversion.interfaces import OutputFile, Piece, bytes_file, pwrite_all
-from megatron_qwen.conversion.pieces import TensorRows, block_bytes, row_pieces
-from megatron_qwen.conversion.staging import Journal
 from megatron_qwen.errors import ConfigError, Interrupted
 
 

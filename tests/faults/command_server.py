@@ -110,10 +110,11 @@ class CommandServer:
 def _serve() -> None:
     from megatron_qwen import conversion
     from megatron_qwen.cli import app
-    from megatron_qwen.conversion import comparison, run
+    from megatron_qwen.conversion import run
+    from megatron_qwen.conversion.comparison import weights
     from megatron_qwen.testing import failpoints
 
-    assert all((conversion, comparison, run))  # imported here once for all
+    assert all((conversion, run, weights))  # imported here once for all
     app.build_app()
     running: set[int] = set()
     for line in sys.stdin:

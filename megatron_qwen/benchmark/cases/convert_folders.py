@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from megatron_qwen.checkpoint.safetensors_header import read_folder
-from megatron_qwen.conversion.hf_output import config_file, hf_output
-from megatron_qwen.conversion.pieces import TensorRows
+from megatron_qwen.conversion.engine.pieces import TensorRows
+from megatron_qwen.conversion.formats.hf.output import config_file, hf_output
 from megatron_qwen.errors import MismatchError, StorageError
 from megatron_qwen.model.config import QwenConfig
 from megatron_qwen.testing.tiny import tensor_shapes

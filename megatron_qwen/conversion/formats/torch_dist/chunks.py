@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from megatron_qwen.checkpoint.pickles import UNPICKLING_ERRORS, StrictUnpickler
-from megatron_qwen.conversion.byte_ranges import read_values
+from megatron_qwen.conversion.formats.byte_ranges import read_values
 from megatron_qwen.errors import CorruptInputError, IncompleteInputError, MismatchError, UnsafeInputError
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Hugging Face folders as sources: safetensors read range by range; `hf_output` writes them."""
+"""Hugging Face folders as sources: safetensors read range by range; `output` writes them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_qwen.checkpoint import manifest
 from megatron_qwen.checkpoint.inside import check_inside
 from megatron_qwen.checkpoint.safetensors_header import SAFETENSORS, TensorEntry, WeightFiles, read_folder
 from megatron_qwen.checkpoint.torch_bin import PICKLED
-from megatron_qwen.conversion.byte_ranges import read_values
+from megatron_qwen.conversion.formats.byte_ranges import read_values
 from megatron_qwen.conversion.parameters import WHOLE, Parameter, Shard
 from megatron_qwen.conversion.plan import ConversionPlan, plan_import
 from megatron_qwen.conversion.rows import gather_rows, read_shard

@@ -14,9 +14,9 @@ from typing import Any
 
 from megatron_qwen.checkpoint.common_state import read_common
 from megatron_qwen.checkpoint.pickles import read_metadata
-from megatron_qwen.conversion.hf import HfFolder
+from megatron_qwen.conversion.formats.hf.source import HfFolder
+from megatron_qwen.conversion.formats.legacy.source import LegacyFolder
 from megatron_qwen.conversion.interfaces import WeightSource
-from megatron_qwen.conversion.legacy import LegacyFolder
 from megatron_qwen.errors import IncompleteInputError, UnsafeInputError
 
 # Field of config.json: the argument, and how the one follows from the other.

@@ -13,9 +13,9 @@ import torch
 
 from megatron_qwen.checkpoint.inside import check_inside
 from megatron_qwen.checkpoint.safetensors_header import INDEX_NAME, SINGLE_NAME
-from megatron_qwen.conversion.hf import TORCH_DTYPES
+from megatron_qwen.conversion.engine.pieces import BLOCK_BYTES, TensorRows, row_pieces
+from megatron_qwen.conversion.formats.hf.source import TORCH_DTYPES
 from megatron_qwen.conversion.interfaces import OutputFile, bytes_file, pwrite_all
-from megatron_qwen.conversion.pieces import BLOCK_BYTES, TensorRows, row_pieces
 from megatron_qwen.model.config import QwenConfig
 
 CONFIG_NAME = "config.json"

@@ -28,7 +28,7 @@ from megatron_qwen.testing import failpoints
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from megatron_qwen.conversion.staging import Journal
+    from megatron_qwen.conversion.engine.staging import Journal
 
 failpoints.register("convert.skeleton", "a file has its size and its header, no tensor bytes yet")
 failpoints.register("convert.piece", "a piece is written, in the middle of a file")

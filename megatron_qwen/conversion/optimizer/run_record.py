@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_qwen.conversion.interfaces import OutputFile, bytes_file
-from megatron_qwen.conversion.optimizer import OptimizerState
+from megatron_qwen.conversion.optimizer.state import OptimizerState
 from megatron_qwen.errors import CorruptInputError
 from megatron_qwen.parallel.layout import ParallelLayout
 from megatron_qwen.strict_json import read_strict_json

@@ -18,7 +18,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_qwen.conversion.layer_trace import LAYER, Tape
+from megatron_qwen.conversion.comparison.layer_trace import LAYER, Tape
 from megatron_qwen.errors import MismatchError
 
 # transformers' submodules of a decoder layer by the name of their counterpart in Megatron.

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_qwen.conversion.advance import Advance, Progress, silent
+from megatron_qwen.conversion.comparison.advance import Advance, Progress, silent
+from megatron_qwen.conversion.comparison.stored_arguments import contradictions
 from megatron_qwen.conversion.interfaces import WeightSource
 from megatron_qwen.conversion.loading import open_source
 from megatron_qwen.conversion.parameters import Parameter, parameters
-from megatron_qwen.conversion.stored_arguments import contradictions
 from megatron_qwen.errors import ConfigError
 from megatron_qwen.model.config import QwenConfig
 

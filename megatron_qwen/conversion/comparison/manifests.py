@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_qwen.checkpoint.manifest import MANIFEST_NAME, FileRecord, hash_files, list_files, read_manifest
-from megatron_qwen.conversion.advance import Advance, Progress, silent
+from megatron_qwen.conversion.comparison.advance import Advance, Progress, silent
 from megatron_qwen.errors import IncompleteInputError
 
 _WEIGHT_SUFFIXES = (".safetensors", ".distcp", ".pt")

@@ -11,10 +11,10 @@ from typing import Any
 
 import megatron_qwen
 from megatron_qwen.checkpoint.atomic import STAGING_MARK, storage_errors
+from megatron_qwen.conversion.engine.staging import usable_bytes
 from megatron_qwen.conversion.interfaces import OutputFile, WeightSource
 from megatron_qwen.conversion.options import ConversionOptions
 from megatron_qwen.conversion.plan import ConversionPlan
-from megatron_qwen.conversion.staging import usable_bytes
 from megatron_qwen.errors import StorageError
 
 # Folders, the manifest and the journal, generously.

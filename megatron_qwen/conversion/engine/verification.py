@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from megatron_qwen.conversion.engine import Advance, read_in_parallel
+from megatron_qwen.conversion.engine.numerics import CheckedWeights
+from megatron_qwen.conversion.engine.pieces import BLOCK_BYTES
+from megatron_qwen.conversion.engine.write import Advance, read_in_parallel
 from megatron_qwen.conversion.interfaces import WeightSource
 from megatron_qwen.conversion.loading import open_source
-from megatron_qwen.conversion.numerics import CheckedWeights
-from megatron_qwen.conversion.pieces import BLOCK_BYTES
 from megatron_qwen.conversion.plan import ConversionPlan, PlannedParameter
 from megatron_qwen.errors import CorruptInputError, Interrupted
 

@@ -1,4 +1,4 @@
-"""Optimizer state as part of per-rank checkpoints that Megatron-LM loads: what `optimizer_legacy` reads."""
+"""Optimizer state as part of per-rank checkpoints that Megatron-LM loads: what `legacy` reads."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from megatron_qwen import compat
 from megatron_qwen.checkpoint.torch_layout import lay_out
+from megatron_qwen.conversion.engine.pieces import BLOCK_BYTES
+from megatron_qwen.conversion.formats.legacy.layout import LOCAL, LocalTensor, Naming, RankFile, rank_files
+from megatron_qwen.conversion.formats.legacy.output import local_pieces, write_fixed
 from megatron_qwen.conversion.interfaces import OutputFile, Piece
-from megatron_qwen.conversion.legacy_layout import LOCAL, LocalTensor, Naming, RankFile, rank_files
-from megatron_qwen.conversion.legacy_output import local_pieces, write_fixed
-from megatron_qwen.conversion.optimizer import ROLES, WITHOUT_OPTIMIZER, OptimizerReader, Role
-from megatron_qwen.conversion.optimizer_layout import (
+from megatron_qwen.conversion.optimizer.layout import (
     Buffer,
     Group,
     Member,
@@ -24,8 +24,8 @@ from megatron_qwen.conversion.optimizer_layout import (
     holds_expert_state,
     members,
 )
-from megatron_qwen.conversion.optimizer_legacy import DISTRIBUTED_FILE
-from megatron_qwen.conversion.pieces import BLOCK_BYTES
+from megatron_qwen.conversion.optimizer.legacy import DISTRIBUTED_FILE
+from megatron_qwen.conversion.optimizer.state import ROLES, WITHOUT_OPTIMIZER, OptimizerReader, Role
 from megatron_qwen.conversion.plan import ConversionPlan, PlannedParameter
 from megatron_qwen.errors import MismatchError
 from megatron_qwen.parallel.layout import ParallelLayout

@@ -19,8 +19,8 @@ from typing import IO, Any, cast
 
 import torch
 
+from megatron_qwen.conversion.engine.pieces import BLOCK_BYTES, TensorRows, row_pieces
 from megatron_qwen.conversion.interfaces import OutputFile, Piece, bytes_file, pwrite_all
-from megatron_qwen.conversion.pieces import BLOCK_BYTES, TensorRows, row_pieces
 
 METADATA_JSON = {
     "sharded_backend": "torch_dist",

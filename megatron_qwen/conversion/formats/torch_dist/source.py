@@ -1,6 +1,6 @@
 """Megatron `torch_dist` checkpoints as sources, read without a model, a process group or megatron-core.
 
-The format is torch's distributed checkpoint plus `metadata.json` and `common.pt`; `torch_dist_output` writes it.
+The format is torch's distributed checkpoint plus `metadata.json` and `common.pt`; `output` writes it.
 Folder of a run or an import:
 
     DIR/latest_checkpointed_iteration.txt    "release" or a step
@@ -21,13 +21,13 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from megatron_qwen.checkpoint import manifest
 from megatron_qwen.checkpoint.common_state import read_common
 from megatron_qwen.checkpoint.pickles import METADATA_NAME, read_metadata
-from megatron_qwen.conversion.chunks import ChunkReader
-from megatron_qwen.conversion.hf import FileStamps, head_sizes
-from megatron_qwen.conversion.legacy_files import is_legacy_step
+from megatron_qwen.conversion.formats.hf.source import FileStamps, head_sizes
+from megatron_qwen.conversion.formats.legacy.files import is_legacy_step
+from megatron_qwen.conversion.formats.megatron_lm_args import find_config
+from megatron_qwen.conversion.formats.torch_dist.chunks import ChunkReader
 from megatron_qwen.conversion.parameters import WHOLE, Parameter, Shard, StoredPlace
 from megatron_qwen.conversion.plan import StoredTensor, find_places
 from megatron_qwen.conversion.rows import MegatronRows
-from megatron_qwen.conversion.side_files import find_config
 from megatron_qwen.conversion.transforms import TRANSFORMS, pad_rows, unpad_rows
 from megatron_qwen.errors import ConfigError, CorruptInputError, IncompleteInputError
 from megatron_qwen.model.config import QwenConfig

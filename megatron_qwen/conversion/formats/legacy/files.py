@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_qwen.checkpoint.inside import check_inside
 from megatron_qwen.checkpoint.torch_file import TensorPlace, locate, open_torch_file
-from megatron_qwen.conversion.legacy_layout import RANK_FILE, ModelChunk, Naming, RankFile
+from megatron_qwen.conversion.formats.legacy.layout import RANK_FILE, ModelChunk, Naming, RankFile
 from megatron_qwen.errors import CorruptInputError, IncompleteInputError, MismatchError
 from megatron_qwen.model.config import QwenConfig
 from megatron_qwen.parallel.layout import ParallelLayout

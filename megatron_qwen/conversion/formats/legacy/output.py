@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from megatron_qwen.checkpoint.torch_layout import TorchFileLayout, lay_out
-from megatron_qwen.conversion.interfaces import OutputFile, Piece, pwrite_all
-from megatron_qwen.conversion.legacy_layout import (
+from megatron_qwen.conversion.engine.pieces import BLOCK_BYTES, TensorRows, row_pieces
+from megatron_qwen.conversion.formats.legacy.layout import (
     LOCAL,
     RANK_FILE,
     LocalTensor,
@@ -24,14 +24,14 @@ from megatron_qwen.conversion.legacy_layout import (
     check_legacy_layout,
     rank_files,
 )
-from megatron_qwen.conversion.pieces import BLOCK_BYTES, TensorRows, row_pieces
+from megatron_qwen.conversion.formats.megatron_lm_args import megatron_lm_args
+from megatron_qwen.conversion.interfaces import OutputFile, Piece, pwrite_all
 from megatron_qwen.conversion.plan import ConversionPlan, PlannedParameter
-from megatron_qwen.conversion.side_files import megatron_lm_args
 from megatron_qwen.conversion.transforms import TRANSFORMS, pad_rows
 from megatron_qwen.parallel.layout import ParallelLayout
 
 if TYPE_CHECKING:
-    from megatron_qwen.conversion.optimizer_legacy_output import LegacyOptimizerOutput
+    from megatron_qwen.conversion.optimizer.legacy_output import LegacyOptimizerOutput
 
 # Returns rows of a whole parameter as Megatron lays it out, in the dtype planned for the target.
 ReadRows = Callable[[PlannedParameter, int, int], Tensor]

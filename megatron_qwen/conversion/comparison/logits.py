@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_qwen.conversion.advance import Progress, silent
-from megatron_qwen.conversion.explain import explain, moved_layers
-from megatron_qwen.conversion.hf import HfFolder
+from megatron_qwen.conversion.comparison.advance import Progress, silent
+from megatron_qwen.conversion.comparison.explain import explain, moved_layers
+from megatron_qwen.conversion.comparison.layer_trace import LAYER, DecoderLayer, Gap, Tape, layer_config, measure
+from megatron_qwen.conversion.comparison.referee import TransformersTeacher
+from megatron_qwen.conversion.comparison.sample_text import sample_tokens
+from megatron_qwen.conversion.comparison.stored_arguments import contradictions
+from megatron_qwen.conversion.formats.hf.source import HfFolder
 from megatron_qwen.conversion.interfaces import WeightSource
-from megatron_qwen.conversion.layer_trace import LAYER, DecoderLayer, Gap, Tape, layer_config, measure
 from megatron_qwen.conversion.loading import open_source
 from megatron_qwen.conversion.parameters import Parameter, parameters
-from megatron_qwen.conversion.referee import TransformersTeacher
-from megatron_qwen.conversion.sample_text import sample_tokens
-from megatron_qwen.conversion.stored_arguments import contradictions
 from megatron_qwen.errors import ConfigError
 from megatron_qwen.model.config import QwenConfig
 

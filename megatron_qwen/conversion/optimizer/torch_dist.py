@@ -23,8 +23,10 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_qwen.checkpoint.common_state import read_common
 from megatron_qwen.checkpoint.pickles import read_metadata
-from megatron_qwen.conversion.chunks import ChunkReader
-from megatron_qwen.conversion.optimizer import (
+from megatron_qwen.conversion.engine.pieces import TensorRows
+from megatron_qwen.conversion.formats.torch_dist.chunks import ChunkReader
+from megatron_qwen.conversion.formats.torch_dist.output import ChunkRows
+from megatron_qwen.conversion.optimizer.state import (
     WITHOUT_OPTIMIZER,
     Kind,
     OptimizerReader,
@@ -36,9 +38,7 @@ from megatron_qwen.conversion.optimizer import (
     with_step,
 )
 from megatron_qwen.conversion.parameters import Parameter, StoredPlace
-from megatron_qwen.conversion.pieces import TensorRows
 from megatron_qwen.conversion.plan import PlannedParameter, find_places
-from megatron_qwen.conversion.torch_dist_output import ChunkRows
 from megatron_qwen.conversion.transforms import unpad_rows
 from megatron_qwen.errors import CorruptInputError, IncompleteInputError, MismatchError
 from megatron_qwen.model.config import QwenConfig

@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_qwen.conversion.legacy_layout import LocalTensor, ModelChunk, RankFile
+from megatron_qwen.conversion.formats.legacy.layout import LocalTensor, ModelChunk, RankFile
 from megatron_qwen.parallel.layout import ParallelLayout
 
 # The distributed optimizer starts parameters at multiples of this many elements, and fills buckets up to a multiple of

@@ -6,7 +6,7 @@
 
 The layout is found from what the files are called and hold, and compared with the arguments in them. A tensor that
 several ranks hold (norms, the router, everything dense under expert parallelism, a tied output) is read from all of
-them and must be the same in each. `legacy_output` writes the format; `legacy_layout` says what belongs where.
+them and must be the same in each. `output` writes the format; `layout` says what belongs where.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from megatron_qwen.checkpoint import manifest
 from megatron_qwen.checkpoint.torch_file import TensorPlace, span
-from megatron_qwen.conversion.byte_ranges import read_values
-from megatron_qwen.conversion.hf import FileStamps, head_sizes
-from megatron_qwen.conversion.legacy_files import (
+from megatron_qwen.conversion.formats.byte_ranges import read_values
+from megatron_qwen.conversion.formats.hf.source import FileStamps, head_sizes
+from megatron_qwen.conversion.formats.legacy.files import (
     RankContent,
     check_contents,
     find_layout,
@@ -30,12 +30,12 @@ from megatron_qwen.conversion.legacy_files import (
     parallel_sizes,
     split_grouped_experts,
 )
-from megatron_qwen.conversion.legacy_layout import RANK_FILE, RankFile, rank_files
-from megatron_qwen.conversion.megatron import HF_FOLDER, find_step_folder
+from megatron_qwen.conversion.formats.legacy.layout import RANK_FILE, RankFile, rank_files
+from megatron_qwen.conversion.formats.megatron_lm_args import find_config
+from megatron_qwen.conversion.formats.torch_dist.source import HF_FOLDER, find_step_folder
 from megatron_qwen.conversion.parameters import WHOLE, Parameter, Shard, is_homogeneous, stored_place
 from megatron_qwen.conversion.plan import StoredTensor
 from megatron_qwen.conversion.rows import MegatronRows, read_shard
-from megatron_qwen.conversion.side_files import find_config
 from megatron_qwen.conversion.transforms import TRANSFORMS, unpad_rows
 from megatron_qwen.errors import ConfigError, CorruptInputError, IncompleteInputError, MismatchError, UnsafeInputError
 from megatron_qwen.model.config import QwenConfig

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from megatron_qwen.checkpoint.inside import check_inside
-from megatron_qwen.conversion.legacy_layout import vocabulary_rows
+from megatron_qwen.conversion.formats.legacy.layout import vocabulary_rows
 from megatron_qwen.errors import ConfigError, IncompleteInputError
 from megatron_qwen.model.config import QwenConfig, YarnScaling
 from megatron_qwen.model.flags import pipeline_pattern

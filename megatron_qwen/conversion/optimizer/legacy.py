@@ -2,7 +2,7 @@
 
 A plain optimizer's state dict numbers the rank's parameters; the distributed optimizer's has hyper-parameters only, and
 `distrib_optim.pt` one flat tensor per model chunk, master weights and moments each, of the rank that is first among its
-data-parallel peers. With experts that have an optimizer of their own, both are lists. `optimizer_layout` says which
+data-parallel peers. With experts that have an optimizer of their own, both are lists. `layout` says which
 number or offset is whose; Megatron-LM's save_checkpoint (megatron/training/checkpointing.py) says which file.
 """
 
@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from megatron_qwen.checkpoint.torch_file import TensorPlace, locate, open_torch_file
-from megatron_qwen.conversion.byte_ranges import read_values
-from megatron_qwen.conversion.legacy import LegacyFolder, read_rows, shard_runs
-from megatron_qwen.conversion.legacy_files import RankContent
-from megatron_qwen.conversion.legacy_layout import RANK_FILE, LocalTensor, RankFile
-from megatron_qwen.conversion.optimizer import (
+from megatron_qwen.conversion.formats.byte_ranges import read_values
+from megatron_qwen.conversion.formats.legacy.files import RankContent
+from megatron_qwen.conversion.formats.legacy.layout import RANK_FILE, LocalTensor, RankFile
+from megatron_qwen.conversion.formats.legacy.source import LegacyFolder, read_rows, shard_runs
+from megatron_qwen.conversion.optimizer.layout import Buffer, Group, Member, default_bucket_size, members
+from megatron_qwen.conversion.optimizer.state import (
     ROLES,
     WITHOUT_OPTIMIZER,
     Kind,
@@ -33,7 +34,6 @@ from megatron_qwen.conversion.optimizer import (
     require_tensor,
     with_step,
 )
-from megatron_qwen.conversion.optimizer_layout import Buffer, Group, Member, default_bucket_size, members
 from megatron_qwen.conversion.parameters import Parameter
 from megatron_qwen.conversion.transforms import TRANSFORMS, unpad_rows
 from megatron_qwen.errors import CorruptInputError, IncompleteInputError, MismatchError

@@ -1,0 +1,1 @@
+"""One folder per checkpoint format: `source` reads it, `output` lays its files out."""

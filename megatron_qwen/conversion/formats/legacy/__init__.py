@@ -1,0 +1,1 @@
+"""Per-rank `mp_rank_*` checkpoints (`--ckpt-format torch`) of any layout."""

@@ -1,0 +1,1 @@
+"""Megatron `torch_dist` checkpoints: global tensors in chunks, without a layout."""
