@@ -18,6 +18,13 @@ from megatron_qwen.kernels.backends import (
     requested_backend,
     use_backend,
 )
+from megatron_qwen.kernels.moe_routing import (
+    Routing,
+    huggingface_balance_loss,
+    megatron_balance_loss,
+    moe_routing,
+    z_loss,
+)
 from megatron_qwen.kernels.qkv_rope import context_parallel_positions, packed_positions, qkv_rope, rope_tables
 from megatron_qwen.kernels.rms_norm import add_rms_norm, rms_norm
 from megatron_qwen.kernels.swiglu import swiglu, swiglu_backward_
@@ -25,9 +32,13 @@ from megatron_qwen.kernels.swiglu import swiglu, swiglu_backward_
 __all__ = [
     "BACKENDS",
     "OpChoice",
+    "Routing",
     "add_rms_norm",
     "choices",
     "context_parallel_positions",
+    "huggingface_balance_loss",
+    "megatron_balance_loss",
+    "moe_routing",
     "packed_positions",
     "qkv_rope",
     "requested_backend",
@@ -36,6 +47,7 @@ __all__ = [
     "swiglu",
     "swiglu_backward_",
     "use_backend",
+    "z_loss",
 ]
 
 
