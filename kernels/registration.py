@@ -93,6 +93,9 @@ def register_differentiable(
                 refuse(backward_name)
             return differentiate(ctx, backward_run, *grads)
 
+    # What a profiler shows, as of the operation itself.
+    Eager.__name__ = f"megatron_qwen::{name}"
+
     def call(x: torch.Tensor, *others: Any) -> Any:
         if not x.is_cpu or torch.compiler.is_compiling():
             return operation(x, *others)

@@ -8,6 +8,7 @@ planning; a checkpoint on disk is always read with its own config.json.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -121,13 +122,29 @@ PRESETS: Mapping[str, QwenConfig] = MappingProxyType(_all_presets())
 def find_preset(name: str) -> QwenConfig:
     """Return a preset by its name in `PRESETS` or on the Hub ("Qwen/Qwen2.5-7B-Instruct"), in any case.
 
+    The family may be left out where the size says which is meant: "7B", "7b-instruct", "A2.7B", "57B-A14B".
+
     Raises:
         ConfigError: no such preset; names the nearest.
     """
     key = name.strip().lower().removeprefix("qwen/")
+    sized = [preset for preset in PRESETS if preset.endswith(f"-{key}")] if _is_size(key) else []
+    if len(sized) == 1:
+        return PRESETS[sized[0]]
     if key not in PRESETS:
         raise ConfigError(
-            f"no preset {name!r}.{did_you_mean(key, PRESETS)} Known: {', '.join(PRESETS)}. "
+            f"no preset {name!r}.{_nearest(key)} Known: {', '.join(PRESETS)}. "
             "For another model give the folder with its config.json."
         )
     return PRESETS[key]
+
+
+def _is_size(key: str) -> bool:
+    return re.match(r"a?\d", key) is not None
+
+
+def _nearest(key: str) -> str:
+    inside = [preset for preset in PRESETS if f"-{key}-" in preset]
+    if inside:
+        return f" Did you mean {inside[0]!r}?"
+    return did_you_mean(f"qwen2.5-{key}" if _is_size(key) else key, PRESETS)

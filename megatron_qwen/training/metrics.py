@@ -58,12 +58,17 @@ def device_peak(dtype: torch.dtype) -> Peak:
 
     On a CPU every rank measures, at the same time, so that ranks sharing cores see the share they will get.
     """
-    name = device_name()
-    if current_device().type == "cuda" and dtype == torch.bfloat16:
+    known = data_sheet_peak(device_name(), dtype) if current_device().type == "cuda" else None
+    return known or Peak(measure_gemm(dtype), f"{device_name()}, measured GEMM in {str(dtype).removeprefix('torch.')}")
+
+
+def data_sheet_peak(name: str, dtype: torch.dtype) -> Peak | None:
+    """Return the peak of the GPU called `name` in `dtype`; None if no data sheet of it is known here."""
+    if dtype == torch.bfloat16:
         for part, tflops in _BF16_PEAKS:
             if part.lower() in name.lower():
                 return Peak(tflops, f"{name}, data sheet, dense bf16")
-    return Peak(measure_gemm(dtype), f"{name}, measured GEMM in {str(dtype).removeprefix('torch.')}")
+    return None
 
 
 def measure_gemm(dtype: torch.dtype, *, size: int = 1024, seconds: float = 0.3) -> float:
