@@ -48,7 +48,7 @@ class Comparison:
 
 
 def compare(ours: torch.Tensor, expected: torch.Tensor, bound: float) -> Comparison:
-    """Compare two tensors of one shape elementwise in fp64.
+    """Compare two tensors of one shape elementwise in fp64, on the device of the first.
 
     Args:
         ours: any dtype.
@@ -60,7 +60,7 @@ def compare(ours: torch.Tensor, expected: torch.Tensor, bound: float) -> Compari
     """
     assert ours.shape == expected.shape, f"shape {tuple(ours.shape)}, expected {tuple(expected.shape)}"
     assert ours.numel(), "nothing to compare: the tensors are empty"
-    a, b = ours.detach().cpu().double(), expected.detach().cpu().double()
+    a, b = ours.detach().double(), expected.detach().to(ours.device).double()
     special = ~(torch.isfinite(a) & torch.isfinite(b))
     same = (a == b) | (a.isnan() & b.isnan())
     mismatched = (special & ~same).nonzero()
@@ -93,11 +93,31 @@ def compare_with_fp64(
     """
     assert ours.dtype == plain.dtype, f"ours is {ours.dtype}, plain is {plain.dtype}: compare like with like"
     assert exact.dtype == torch.float64, f"exact is {exact.dtype}, expected torch.float64"
-    exact = exact.detach().cpu()
-    finite = exact[torch.isfinite(exact)]
-    largest = float(finite.abs().max()) if finite.numel() else 0.0
-    floor = roundings * torch.finfo(ours.dtype).eps / 2 * largest
-    return compare(ours, exact, factor * compare(plain, exact, 0.0).error + floor)
+    bound = fp64_bound(
+        compare(plain, exact, 0.0).error, largest_finite(exact), ours.dtype, factor=factor, roundings=roundings
+    )
+    return compare(ours, exact, bound)
+
+
+def fp64_bound(
+    plain_error: float, largest: float, dtype: torch.dtype, *, factor: float = 2.0, roundings: float = 1.0
+) -> float:
+    """Return the error allowed to a result of `dtype`; see `compare_with_fp64`.
+
+    Args:
+        plain_error: largest error of plain torch in that dtype.
+        largest: largest finite magnitude of the fp64 result.
+        dtype: decides the size of a rounding.
+        factor: how many times plain torch's error is allowed.
+        roundings: how many roundings of `largest` come on top.
+    """
+    return factor * plain_error + roundings * torch.finfo(dtype).eps / 2 * largest
+
+
+def largest_finite(tensor: torch.Tensor) -> float:
+    """Return the largest finite magnitude; 0 if there is none."""
+    finite = tensor.detach()[torch.isfinite(tensor)]
+    return float(finite.abs().max()) if finite.numel() else 0.0
 
 
 def assert_close_to_fp64(
