@@ -8,6 +8,7 @@ multiples of 16, which are 1, which need 64 bits) is the one that a training run
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import shutil
@@ -81,7 +82,10 @@ def compile_launches(launch: Callable[[], None], architecture: int) -> list[Mach
     compiled: list[Any] = []
     with _instead_of_launching(compiled):
         launch()
-    return [_machine_code(kernel, architecture) for kernel in compiled]
+    return [
+        _machine_code(kernel.metadata.name, kernel.metadata.shared, kernel.asm["cubin"], architecture)
+        for kernel in compiled
+    ]
 
 
 @contextlib.contextmanager
@@ -98,11 +102,12 @@ def _instead_of_launching(compiled: list[Any]) -> Iterator[None]:
         JITFunction.run = run
 
 
-def _machine_code(kernel: Any, architecture: int) -> MachineCode:
+@functools.cache  # launches of many sizes share a kernel, and reading one takes longer than finding it
+def _machine_code(name: str, dynamic_shared: int, cubin_bytes: bytes, architecture: int) -> MachineCode:
     path, tool = _tools()
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(kernel.asm["cubin"])
+        cubin.write_bytes(cubin_bytes)
         texts = [
             subprocess.run(
                 [tool, option, str(cubin)], env={**os.environ, "PATH": path}, check=True, capture_output=True, text=True
@@ -111,12 +116,12 @@ def _machine_code(kernel: Any, architecture: int) -> MachineCode:
         ]
     usage = dict(re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", texts[0]))
     return MachineCode(
-        name=kernel.metadata.name,
+        name=name,
         architecture=architecture,
         registers=int(usage["REG"]),
         stack_bytes=int(usage["STACK"]),
         local_bytes=int(usage["LOCAL"]),
-        shared_bytes=max(int(usage["SHARED"]), int(kernel.metadata.shared)),
+        shared_bytes=max(int(usage["SHARED"]), dynamic_shared),
         sass=texts[1],
     )
 

@@ -1,10 +1,12 @@
-"""Compiles the launches below as they would be on a device and prints what came out, as JSON.
+"""Compiles the launches below as they would be on a device and prints what came out.
 
-Usage: aot_launches.py ARCHITECTURE [LABEL ...]. Meta tensors: real sizes, no memory.
+Usage: aot_launches.py ARCHITECTURE [--table] [LABEL ...]; parts of labels will do. JSON, or with --table the rows of
+the table in docs/kernels.md. Meta tensors: real sizes, no memory.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -14,23 +16,40 @@ import torch
 from megatron_qwen.kernels.qkv_rope import kernel as qkv_rope
 from megatron_qwen.kernels.rms_norm import kernel as rms_norm
 from megatron_qwen.kernels.swiglu import kernel as swiglu
+from megatron_qwen.model.presets import PRESETS
 from megatron_qwen.testing.aot import compile_launches
 
 TOKENS = 32768
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Qwen2.5 per tensor-parallel rank: 0.5B, 7B and 72B at TP 8; and an odd one.
-MLP_WIDTHS = {"0.5b": 4864, "7b": 18944, "72b-tp8": 3696, "odd": 1001}
+# Every size in bf16; in the other dtypes the smallest, the middle and the one that no block divides.
+SIZES = ("0.5b", "1.5b", "3b", "7b", "14b", "32b", "72b", "72b-tp8", "odd")
+SIZES_IN_OTHER_DTYPES = ("0.5b", "7b", "odd")
 
-HIDDEN = {"0.5b": 896, "7b": 3584, "72b": 8192, "odd": 1001}
 
-# Groups, heads per group with key and value, head size, half of the rotated dimensions.
-ATTENTION = {
-    "0.5b": qkv_rope.Layout(groups=2, per_group=9, head_dim=64, half=32),
-    "7b": qkv_rope.Layout(groups=4, per_group=9, head_dim=128, half=64),
-    "72b": qkv_rope.Layout(groups=8, per_group=10, head_dim=128, half=64),
-    "72b-tp8": qkv_rope.Layout(groups=1, per_group=10, head_dim=128, half=64),
-    "odd": qkv_rope.Layout(groups=3, per_group=4, head_dim=50, half=15),
-}
+def mlp_width(size: str) -> int:
+    """Columns of swiglu's result on a tensor-parallel rank."""
+    if size == "odd":
+        return 1001
+    name, _, ranks = size.partition("-tp")
+    return PRESETS[f"qwen2.5-{name}"].intermediate_size // int(ranks or 1)
+
+
+def hidden_size(size: str) -> int:
+    return 1001 if size == "odd" else PRESETS[f"qwen2.5-{size.partition('-tp')[0]}"].hidden_size
+
+
+def attention_layout(size: str) -> qkv_rope.Layout:
+    """Heads of a tensor-parallel rank."""
+    if size == "odd":
+        return qkv_rope.Layout(groups=3, per_group=4, head_dim=50, half=15)
+    name, _, ranks = size.partition("-tp")
+    config = PRESETS[f"qwen2.5-{name}"]
+    return qkv_rope.Layout(
+        groups=config.num_key_value_heads // int(ranks or 1),
+        per_group=config.num_attention_heads // config.num_key_value_heads + 2,
+        head_dim=config.head_dim,
+        half=config.head_dim // 2,
+    )
 
 
 def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -65,21 +84,16 @@ def launch_qkv_rope(layout: qkv_rope.Layout, dtype: torch.dtype, with_positions:
 
 
 def launches() -> dict[str, Callable[[], None]]:
-    """Launch by label: operation, model, dtype."""
+    """Launch by label: operation, size, dtype."""
     table: dict[str, Callable[[], None]] = {}
     for label, dtype in DTYPES.items():
-        for model, width in MLP_WIDTHS.items():
-            table[f"swiglu {model} {label}"] = lambda width=width, dtype=dtype: launch_swiglu(width, dtype)
-        for model, layout in ATTENTION.items():
-            for name, given in (("qkv_rope", False), ("qkv_rope packed", True)):
-                table[f"{name} {model} {label}"] = lambda layout=layout, dtype=dtype, given=given: launch_qkv_rope(
-                    layout, dtype, given
-                )
-        for model, hidden in HIDDEN.items():
+        for size in SIZES if label == "bf16" else SIZES_IN_OTHER_DTYPES:
+            table[f"swiglu {size} {label}"] = functools.partial(launch_swiglu, mlp_width(size), dtype)
             for name, adds in (("rms_norm", False), ("add_rms_norm", True)):
-                table[f"{name} {model} {label}"] = lambda hidden=hidden, dtype=dtype, adds=adds: launch_rms_norm(
-                    hidden, dtype, adds
-                )
+                table[f"{name} {size} {label}"] = functools.partial(launch_rms_norm, hidden_size(size), dtype, adds)
+            for name, given in (("qkv_rope", False), ("qkv_rope packed", True)):
+                layout = attention_layout(size)
+                table[f"{name} {size} {label}"] = functools.partial(launch_qkv_rope, layout, dtype, given)
     return table
 
 
@@ -102,7 +116,21 @@ def facts(label: str, launch: Callable[[], None], architecture: int) -> list[dic
     ]
 
 
+def markdown(row: dict[str, object]) -> str:
+    cells = (
+        f"`{row['kernel']}`, {row['label']}",
+        row["registers"],
+        row["spilled"],
+        f"{row['loads']}, {row['wide_loads']}",
+        f"{row['stores']}, {row['wide_stores']}",
+    )
+    return f"| {' | '.join(map(str, cells))} |"
+
+
 if __name__ == "__main__":
-    architecture, wanted = int(sys.argv[1]), sys.argv[2:]
-    table = launches()
-    print(json.dumps([row for label in wanted or table for row in facts(label, table[label], architecture)]))
+    architecture, wanted = int(sys.argv[1]), [each for each in sys.argv[2:] if each != "--table"]
+    table = {
+        label: launch for label, launch in launches().items() if not wanted or any(part in label for part in wanted)
+    }
+    rows = [row for label, launch in table.items() for row in facts(label, launch, architecture)]
+    print("\n".join(map(markdown, rows)) if "--table" in sys.argv else json.dumps(rows))
