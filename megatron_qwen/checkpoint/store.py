@@ -286,36 +286,6 @@ class CheckpointStore:
             self._verified.discard(path)
 
 
-def find_step_folder(folder: Path, step: int | None = None) -> Path:
-    """Return the `torch_dist` folder that a Megatron checkpoint path stands for, by Megatron-LM's conventions.
-
-    Args:
-        folder: a run's folder (with the tracker file, `iter_*` or `release`), or a step's folder itself.
-        step: this iteration; None takes what the tracker names.
-
-    Raises:
-        IncompleteInputError: no such folder, step or tracker.
-        CorruptInputError: the tracker holds neither a number nor "release".
-    """
-    if step is not None:
-        chosen = folder / f"iter_{step:07d}"
-    elif (folder / "metadata.json").is_file():
-        chosen = folder
-    else:
-        tracker = folder / TRACKER_NAME
-        if not tracker.is_file():
-            raise IncompleteInputError(f"{folder}: neither {TRACKER_NAME} nor metadata.json; not a Megatron checkpoint")
-        text = tracker.read_bytes()[:64].decode("utf-8", errors="replace").strip()
-        if not (text.isdecimal() or text == RELEASE):
-            raise CorruptInputError(
-                f"{tracker}: holds {text!r}, expected an iteration number or '{RELEASE}'; give a step"
-            )
-        chosen = folder / (RELEASE if text == RELEASE else f"iter_{int(text):07d}")
-    if not (chosen / "metadata.json").is_file():
-        raise IncompleteInputError(f"{chosen}: no complete torch_dist checkpoint there (metadata.json is missing)")
-    return chosen
-
-
 def _share(names: list[str]) -> list[str]:
     """Return the files that this rank hashes: those it wrote, by Megatron's naming `__RANK_N.distcp`, in its cache."""
     ranks = agreement.world_size()

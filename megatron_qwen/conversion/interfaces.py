@@ -52,7 +52,7 @@ class WeightSource(Protocol):
     def hf_rows(self, parameter: Parameter, index: int, begin: int, end: int) -> Tensor:
         """Return rows of the parameter's Hugging Face tensor number `index`; only their bytes are read.
 
-        `rows.MegatronRows` derives it from `rows`.
+        Where Megatron's layout is stored, it is derived from `rows`.
         """
 
     def side_folders(self) -> tuple[Path, ...]:

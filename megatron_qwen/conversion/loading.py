@@ -14,7 +14,8 @@ from megatron_qwen.checkpoint.atomic import refuse_unfinished
 from megatron_qwen.conversion.formats.hf.source import HfFolder, has_hf_weights
 from megatron_qwen.conversion.formats.legacy.files import is_legacy_step
 from megatron_qwen.conversion.formats.legacy.source import LegacyFolder
-from megatron_qwen.conversion.formats.torch_dist.source import MegatronFolder, find_step_folder, is_step
+from megatron_qwen.conversion.formats.megatron_folder import find_step_folder, is_step
+from megatron_qwen.conversion.formats.torch_dist.source import MegatronFolder
 from megatron_qwen.conversion.parameters import (
     WHOLE,
     Parameter,

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from megatron_qwen.checkpoint.store import RELEASE, TRACKER_NAME
 from megatron_qwen.conversion.engine.numerics import CheckedWeights
 from megatron_qwen.conversion.engine.pieces import TensorRows, block_bytes
 from megatron_qwen.conversion.engine.write import default_threads
@@ -15,9 +16,9 @@ from megatron_qwen.conversion.formats.bridge_config import bridge_file
 from megatron_qwen.conversion.formats.hf.output import companion_files, config_file, hf_output
 from megatron_qwen.conversion.formats.legacy.layout import NAMINGS
 from megatron_qwen.conversion.formats.legacy.output import legacy_output
+from megatron_qwen.conversion.formats.megatron_folder import HF_FOLDER
 from megatron_qwen.conversion.formats.megatron_lm_args import megatron_lm_args
 from megatron_qwen.conversion.formats.torch_dist.output import ChunkRows, torch_dist_output
-from megatron_qwen.conversion.formats.torch_dist.source import HF_FOLDER, RELEASE, TRACKER_NAME
 from megatron_qwen.conversion.interfaces import OutputFile, WeightSource, bytes_file
 from megatron_qwen.conversion.options import ConversionOptions
 from megatron_qwen.conversion.parameters import extra_state_keys, hf_file_order

@@ -17,6 +17,7 @@ import torch
 
 from megatron_qwen.checkpoint.common_state import read_common
 from megatron_qwen.checkpoint.pickles import read_metadata
+from megatron_qwen.checkpoint.store import TRACKER_NAME
 from megatron_qwen.conversion.engine.numerics import CheckedWeights
 from megatron_qwen.conversion.engine.pieces import BLOCK_BYTES
 from megatron_qwen.conversion.engine.write import read_in_parallel
@@ -25,9 +26,10 @@ from megatron_qwen.conversion.formats.hf.output import companion_files, config_f
 from megatron_qwen.conversion.formats.legacy.layout import NAMINGS, check_legacy_layout
 from megatron_qwen.conversion.formats.legacy.output import legacy_output
 from megatron_qwen.conversion.formats.legacy.source import LegacyFolder
+from megatron_qwen.conversion.formats.megatron_folder import HF_FOLDER
 from megatron_qwen.conversion.formats.megatron_lm_args import megatron_lm_args
 from megatron_qwen.conversion.formats.torch_dist.output import torch_dist_output
-from megatron_qwen.conversion.formats.torch_dist.source import HF_FOLDER, TRACKER_NAME, MegatronFolder
+from megatron_qwen.conversion.formats.torch_dist.source import MegatronFolder
 from megatron_qwen.conversion.interfaces import OutputFile, WeightSource, bytes_file
 from megatron_qwen.conversion.loading import open_source
 from megatron_qwen.conversion.optimizer.legacy import LegacyOptimizer, open_legacy_optimizer

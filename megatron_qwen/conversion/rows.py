@@ -7,20 +7,19 @@ each row goes; neighbours form runs. So a slice of either side is read from a fe
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from megatron_qwen.conversion.plan import ConversionPlan, StoredTensor, plan_export
+from megatron_qwen.conversion.parameters import WHOLE, Parameter, Shard
 from megatron_qwen.conversion.transforms import TRANSFORMS, HeadSizes, pad_rows
+from megatron_qwen.errors import MismatchError
 
 if TYPE_CHECKING:
     from megatron_qwen.conversion.interfaces import WeightSource
-    from megatron_qwen.conversion.parameters import Parameter, Shard
     from megatron_qwen.model.config import QwenConfig
 
 
@@ -90,40 +89,6 @@ def _join(tensors: list[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
-class MegatronRows:
-    """For a source that stores Megatron's layout: its plan, and `hf_rows` made of its `rows`.
-
-    Attributes:
-        path: the folder, for messages.
-        config: the model.
-        stored: header of every weight tensor under its key in a torch_dist checkpoint.
-    """
-
-    path: Path
-    config: QwenConfig
-    stored: Mapping[str, StoredTensor]
-
-    def plan(self, dtype: torch.dtype | None = None) -> ConversionPlan:
-        """Prove from the headers that the folder holds its model, and plan the conversion to `dtype`.
-
-        Raises:
-            MismatchError: config.json and weights contradict each other; the message lists everything found.
-        """
-        return plan_export(self.config, self.stored, where=str(self.path), dtype=dtype)
-
-    def rows(self, parameter: Parameter, begin: int, end: int) -> Tensor:
-        """Return rows of the parameter as Megatron lays it out."""
-        raise TypeError(f"{type(self).__name__} has to define rows")
-
-    def hf_rows(self, parameter: Parameter, index: int, begin: int, end: int) -> Tensor:
-        """Return rows of the parameter's Hugging Face tensor number `index`."""
-
-        def read(low: int, high: int) -> Tensor:
-            return self.rows(parameter, low, high)
-
-        return gather_hf_rows(parameter, self.config, index, begin, end, read)
-
-
 def read_shard(source: WeightSource, parameter: Parameter, shard: Shard, vocabulary_rows: int | None = None) -> Tensor:
     """Return one tensor-parallel shard made of a source's rows; see `WeightSource.read`."""
     axis, num_rows = parameter.family.shard_axis, parameter.shape[0]
@@ -141,3 +106,14 @@ def read_shard(source: WeightSource, parameter: Parameter, shard: Shard, vocabul
     begins = [(piece * shard.size + shard.rank) * count for piece in range(pieces)]
     parts = [source.rows(parameter, begin, begin + count) for begin in begins]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def head_sizes(config: QwenConfig, shard: Shard = WHOLE) -> HeadSizes:
+    """Return the sizes that the QKV rearrangement needs for one shard.
+
+    Raises:
+        MismatchError: the query groups cannot be cut into so many shards.
+    """
+    if config.num_key_value_heads % shard.size:
+        raise MismatchError(f"num_key_value_heads {config.num_key_value_heads} is not a multiple of TP {shard.size}")
+    return HeadSizes(num_groups=config.num_key_value_heads // shard.size, head_dim=config.head_dim)

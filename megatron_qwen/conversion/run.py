@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_qwen.checkpoint import manifest
+from megatron_qwen.checkpoint.store import RELEASE
 from megatron_qwen.conversion.engine.numerics import CheckedWeights
 from megatron_qwen.conversion.engine.progress import progress_bar
 from megatron_qwen.conversion.engine.staging import Staging, finish, is_finished, staged
@@ -26,7 +27,6 @@ from megatron_qwen.conversion.engine.target import check_disk, check_target, exi
 from megatron_qwen.conversion.engine.verification import verify_output
 from megatron_qwen.conversion.engine.write import check_memory, default_threads, peak_memory, write_output
 from megatron_qwen.conversion.formats.hf.source import HfFolder
-from megatron_qwen.conversion.formats.torch_dist.source import RELEASE
 from megatron_qwen.conversion.interfaces import OutputFile, WeightSource
 from megatron_qwen.conversion.loading import Source, load_model, load_weights_into, open_source, read_config
 from megatron_qwen.conversion.options import ConversionOptions

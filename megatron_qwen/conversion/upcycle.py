@@ -28,12 +28,12 @@ import torch
 from torch import Tensor
 
 from megatron_qwen.checkpoint.safetensors_header import TensorEntry
-from megatron_qwen.conversion.formats.hf.source import HfFolder, head_sizes
+from megatron_qwen.conversion.formats.hf.source import HfFolder
 from megatron_qwen.conversion.options import ConversionOptions
 from megatron_qwen.conversion.outputs import hf_files
 from megatron_qwen.conversion.parameters import WHOLE, Parameter, Shard, parameters, tied_output
 from megatron_qwen.conversion.plan import ConversionPlan, plan_import
-from megatron_qwen.conversion.rows import gather_rows
+from megatron_qwen.conversion.rows import gather_rows, head_sizes
 from megatron_qwen.conversion.run import Conversion, ConversionReport, prepare
 from megatron_qwen.conversion.transforms import TRANSFORMS, pad_rows
 from megatron_qwen.errors import ConfigError

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_qwen.checkpoint import manifest
-from megatron_qwen.checkpoint.store import RECORD_NAME, TRACKER_NAME, CheckpointStore, find_step_folder
+from megatron_qwen.checkpoint.store import RECORD_NAME, TRACKER_NAME, CheckpointStore
 from megatron_qwen.errors import (
     CorruptInputError,
     IncompleteInputError,
@@ -116,9 +116,6 @@ def test_folder_follows_megatrons_conventions_and_is_complete(two_steps: Path) -
     assert (step / "note.txt").read_text() == "2.5"
     assert json.loads((step / "metadata.json").read_text())["sharded_backend"] == "torch_dist"
     assert set(manifest.read_manifest(step)) >= {".metadata", "metadata.json", RECORD_NAME, "note.txt", "__1_0.distcp"}
-    assert find_step_folder(two_steps) == step
-    assert find_step_folder(two_steps, 10) == two_steps / "iter_0000010"
-    assert find_step_folder(step) == step
 
 
 def load_as_stock_megatron(folder: Path) -> Any:
@@ -303,21 +300,3 @@ def test_saving_into_an_unusable_place_is_a_storage_error_on_all_ranks(tmp_path:
     (tmp_path / "file").touch()
     for outcome in run_forked(save_steps, 2, tmp_path / "file" / "run", {1: 1.0}):
         assert isinstance(outcome.error, StorageError), outcome
-
-
-@pytest.mark.parametrize(
-    ("tracker", "error", "message"),
-    [
-        (None, IncompleteInputError, "not a Megatron checkpoint"),
-        ("latest", CorruptInputError, "'latest'"),
-        ("30", IncompleteInputError, "iter_0000030"),
-        ("release", IncompleteInputError, "release: no complete"),
-    ],
-)
-def test_broken_tracker_of_a_foreign_folder_is_refused(
-    tmp_path: Path, tracker: str | None, error: type[Exception], message: str
-) -> None:
-    if tracker is not None:
-        (tmp_path / TRACKER_NAME).write_text(tracker)
-    with pytest.raises(error, match=message):
-        find_step_folder(tmp_path)

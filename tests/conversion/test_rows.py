@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from megatron_qwen.conversion import import_hf
-from megatron_qwen.conversion.formats.hf.source import HfFolder, head_sizes
+from megatron_qwen.conversion.formats.hf.source import HfFolder
 from megatron_qwen.conversion.formats.torch_dist.source import MegatronFolder
 from megatron_qwen.conversion.parameters import parameters
-from megatron_qwen.conversion.rows import gather_hf_rows, gather_rows, row_runs
+from megatron_qwen.conversion.rows import gather_hf_rows, gather_rows, head_sizes, row_runs
 from megatron_qwen.conversion.transforms import TRANSFORMS
 from megatron_qwen.testing.tiny import tiny_dense, tiny_moe, write_tiny_hf
 

@@ -5,8 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_qwen.conversion.formats.hf.source import cut
-from megatron_qwen.conversion.parameters import Shard
 from megatron_qwen.conversion.transforms import (
     HeadSizes,
     concat_gate_up,
@@ -61,8 +59,7 @@ def test_shards_of_the_sources_give_the_shard_of_the_result(groups, queries, hea
     whole = interleave_qkv(sources, head_sizes)
     local = HeadSizes(num_groups=groups, head_dim=head)
     for rank in range(parts):
-        shard = Shard(rank=rank, size=parts)
-        merged = interleave_qkv([cut(source, 0, shard) for source in sources], local)
+        merged = interleave_qkv([source.chunk(parts)[rank] for source in sources], local)
         assert torch.equal(merged, whole.chunk(parts)[rank])
 
 
@@ -90,8 +87,3 @@ def test_rows_that_are_not_zero_are_no_padding():
     tensor[6, 2] = 1e-30
     with pytest.raises(MismatchError, match=r"embedding: 8 rows.*rows 5|5 \(vocab_size\), and row 6"):
         unpad_rows(tensor, 5, "embedding")
-
-
-def test_a_shard_that_does_not_come_out_even_is_refused():
-    with pytest.raises(MismatchError, match="cannot be cut into 3"):
-        cut(torch.zeros(4, 2), 0, Shard(rank=0, size=3))

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_qwen.checkpoint import manifest
 from megatron_qwen.checkpoint.inside import check_inside
 from megatron_qwen.checkpoint.safetensors_header import SAFETENSORS, TensorEntry, WeightFiles, read_folder
 from megatron_qwen.checkpoint.torch_bin import PICKLED
 from megatron_qwen.conversion.formats.byte_ranges import read_values
+from megatron_qwen.conversion.formats.integrity import FileStamps, compare_manifest
 from megatron_qwen.conversion.parameters import WHOLE, Parameter, Shard
 from megatron_qwen.conversion.plan import ConversionPlan, plan_import
-from megatron_qwen.conversion.rows import gather_rows, read_shard
-from megatron_qwen.conversion.transforms import TRANSFORMS, HeadSizes, pad_rows
-from megatron_qwen.errors import CorruptInputError, MismatchError
+from megatron_qwen.conversion.rows import gather_rows, head_sizes, read_shard
+from megatron_qwen.conversion.transforms import TRANSFORMS
+from megatron_qwen.errors import MismatchError
 from megatron_qwen.model.config import QwenConfig
-
-logger = logging.getLogger(__name__)
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -56,7 +53,7 @@ class HfFolder:
         self.config = QwenConfig.from_hf(path)
         self.entries = split_fused_experts(_read_entries(path, allow_pickle))
         self._stamps = FileStamps({entry.file for entry in self.entries.values()})
-        _compare_manifest(path)
+        compare_manifest(path, ".safetensors")
 
     def plan(self, dtype: torch.dtype | None = None) -> ConversionPlan:
         """Prove from the headers that the folder holds its model, and plan the conversion to `dtype`.
@@ -105,14 +102,11 @@ class HfFolder:
             shard: which part along the family's shard axis; only its bytes are kept.
             vocabulary_rows: rows of the whole matrix if Megatron pads the vocabulary; the rows added are zero.
         """
-        if parameter.has_vocabulary_rows:
-            rows = (vocabulary_rows or parameter.shape[0]) // shard.size
-            begin, end = (min(i * rows, parameter.shape[0]) for i in (shard.rank, shard.rank + 1))
-            return pad_rows(self.hf_rows(parameter, 0, begin, end), rows)
         axis, kind = parameter.family.shard_axis, parameter.family.transform
-        if kind == "qkv" and self.config.num_key_value_heads % shard.size:
-            # More ranks than groups: Megatron cuts the rows of the merged tensor, through the groups.
-            return read_shard(self, parameter, shard)
+        # With more ranks than groups, Megatron cuts the rows of the merged tensor, through the groups.
+        is_cut_through = kind == "qkv" and self.config.num_key_value_heads % shard.size
+        if parameter.has_vocabulary_rows or is_cut_through:
+            return read_shard(self, parameter, shard, vocabulary_rows)
         sources = [self._shard(name, axis, shard) for name in parameter.hf_names]
         sizes = head_sizes(self.config, shard if kind == "qkv" else WHOLE)
         return TRANSFORMS[kind].hf_to_megatron(sources, sizes)
@@ -161,51 +155,6 @@ def _has(path: Path, files: WeightFiles) -> bool:
     return (path / files.single).is_file() or (path / files.index).is_file()
 
 
-class FileStamps:
-    """Sizes and times of files, to see later that nobody wrote to them."""
-
-    def __init__(self, files: Iterable[Path]) -> None:
-        self._stamps = {file: _stamp(file) for file in files}
-
-    def add(self, files: Iterable[Path]) -> None:
-        """Watch further files too."""
-        self._stamps |= {file: _stamp(file) for file in files if file not in self._stamps}
-
-    def check(self, where: Path) -> None:
-        """Raise CorruptInputError if a file was replaced, deleted or written to."""
-        changed = sorted(
-            file.name for file, stamp in self._stamps.items() if not file.is_file() or _stamp(file) != stamp
-        )
-        if changed:
-            raise CorruptInputError(f"{where}: changed while it was read: {', '.join(changed)}; run again")
-
-
-def head_sizes(config: QwenConfig, shard: Shard = WHOLE) -> HeadSizes:
-    """Return the sizes that the QKV rearrangement needs for one shard.
-
-    Raises:
-        MismatchError: the query groups cannot be cut into so many shards.
-    """
-    if config.num_key_value_heads % shard.size:
-        raise MismatchError(f"num_key_value_heads {config.num_key_value_heads} is not a multiple of TP {shard.size}")
-    return HeadSizes(num_groups=config.num_key_value_heads // shard.size, head_dim=config.head_dim)
-
-
-def cut(tensor: Tensor, axis: int | None, shard: Shard) -> Tensor:
-    """Return the shard of `tensor` along `axis`; all of it if axis is None."""
-    if axis is None or shard.size == 1:
-        return tensor
-    if tensor.shape[axis] % shard.size:
-        raise MismatchError(f"axis {axis} of shape {tuple(tensor.shape)} cannot be cut into {shard.size} equal parts")
-    return tensor.chunk(shard.size, dim=axis)[shard.rank]
-
-
-def cut_vocabulary(tensor: Tensor, rows: int, shard: Shard) -> Tensor:
-    """Return the shard of a vocabulary matrix padded with zero rows to `rows`."""
-    per_shard = rows // shard.size
-    return pad_rows(tensor[shard.rank * per_shard : (shard.rank + 1) * per_shard], per_shard)
-
-
 _FUSED = re.compile(r"^(model\.layers\.\d+\.mlp\.experts)\.(gate_up_proj|down_proj)$")
 
 
@@ -231,18 +180,3 @@ def split_fused_experts(entries: Mapping[str, TensorEntry]) -> dict[str, TensorE
             shape = (rows // len(parts), columns)
             result[single] = replace(entry, name=single, shape=shape, begin=begin, end=begin + part_bytes)
     return result
-
-
-def _compare_manifest(path: Path) -> None:
-    if not (path / manifest.MANIFEST_NAME).is_file():
-        logger.info("%s: no %s, so the content is not verified against digests", path, manifest.MANIFEST_NAME)
-        return
-    weights = [name for name in manifest.read_manifest(path) if name.endswith(".safetensors")]
-    problems = manifest.verify(path, "sizes", weights)
-    if problems:
-        raise CorruptInputError(f"{path}: not as its {manifest.MANIFEST_NAME} says: {'; '.join(problems)}")
-
-
-def _stamp(file: Path) -> tuple[int, int, int]:
-    status = file.stat()
-    return status.st_mtime_ns, status.st_size, status.st_ino

@@ -1,7 +1,5 @@
 """Per-rank checkpoints (`--ckpt-format torch`) as sources: the rank files of any layout as one model.
 
-    DIR/latest_checkpointed_iteration.txt    "release" or a step
-    DIR/hf/                                  config.json, tokenizer and generation files (ours; not Megatron-LM's)
     DIR/iter_0000010/mp_rank_01_000/model_optim_rng.pt
 
 The layout is found from what the files are called and hold, and compared with the arguments in them. A tensor that
@@ -12,16 +10,15 @@ them and must be the same in each. `output` writes the format; `layout` says wha
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_qwen.checkpoint import manifest
 from megatron_qwen.checkpoint.torch_file import TensorPlace, span
 from megatron_qwen.conversion.formats.byte_ranges import read_values
-from megatron_qwen.conversion.formats.hf.source import FileStamps, head_sizes
+from megatron_qwen.conversion.formats.integrity import FileStamps, compare_manifest
 from megatron_qwen.conversion.formats.legacy.files import (
     RankContent,
     check_contents,
@@ -31,13 +28,13 @@ from megatron_qwen.conversion.formats.legacy.files import (
     split_grouped_experts,
 )
 from megatron_qwen.conversion.formats.legacy.layout import RANK_FILE, RankFile, rank_files
+from megatron_qwen.conversion.formats.megatron_folder import MegatronStep, find_step_folder
 from megatron_qwen.conversion.formats.megatron_lm_args import find_config
-from megatron_qwen.conversion.formats.torch_dist.source import HF_FOLDER, find_step_folder
 from megatron_qwen.conversion.parameters import WHOLE, Parameter, Shard, is_homogeneous, stored_place
 from megatron_qwen.conversion.plan import StoredTensor
-from megatron_qwen.conversion.rows import MegatronRows, read_shard
+from megatron_qwen.conversion.rows import read_shard
 from megatron_qwen.conversion.transforms import TRANSFORMS, unpad_rows
-from megatron_qwen.errors import ConfigError, CorruptInputError, IncompleteInputError, MismatchError, UnsafeInputError
+from megatron_qwen.errors import ConfigError, IncompleteInputError, MismatchError, UnsafeInputError
 from megatron_qwen.model.config import QwenConfig
 
 logger = logging.getLogger(__name__)
@@ -45,7 +42,7 @@ logger = logging.getLogger(__name__)
 _Copies = list[TensorPlace]
 
 
-class LegacyFolder(MegatronRows):
+class LegacyFolder(MegatronStep):
     """The weights of a per-rank checkpoint as a source of Megatron and Hugging Face tensors.
 
     Attributes:
@@ -80,7 +77,7 @@ class LegacyFolder(MegatronRows):
                 f"{self.path}: a per-rank checkpoint; its {RANK_FILE} files are pickles. They can be opened as plain "
                 "data, without running code from them: give --allow-pickle if you trust where they come from"
             )
-        _compare_manifest(self.path)
+        compare_manifest(self.path)
         self.contents = open_rank_files(self.path)
         self.config = config or self._find_config()
         sizes = parallel_sizes(self.path, self.contents)
@@ -98,7 +95,7 @@ class LegacyFolder(MegatronRows):
         self._copies = _places(self.contents, expected)
         self._require_all_shards(expected)
         self.stored = dict(self._headers())
-        self._stamps = FileStamps({content.file for content in self.contents.values()})
+        self.stamps = FileStamps({content.file for content in self.contents.values()})
 
     def dtype_of(self, parameter: Parameter) -> torch.dtype:
         """Return the dtype in which the parameter is stored."""
@@ -130,23 +127,6 @@ class LegacyFolder(MegatronRows):
             vocabulary_rows: rows of the whole matrix if Megatron pads the vocabulary; the rows added are zero.
         """
         return read_shard(self, parameter, shard, vocabulary_rows)
-
-    def hf_tensors(self, parameter: Parameter) -> tuple[Tensor, ...]:
-        """Return the parameter's Hugging Face tensors; vocabulary padding is removed."""
-        transform = TRANSFORMS[parameter.family.transform]
-        return transform.megatron_to_hf(self.rows(parameter, 0, parameter.shape[0]), head_sizes(self.config))
-
-    def side_folders(self) -> tuple[Path, ...]:
-        """Return where config and tokenizer of the checkpoint may lie."""
-        return self.path.parent / HF_FOLDER, self.path / HF_FOLDER
-
-    def check_unchanged(self) -> None:
-        """Raise CorruptInputError if a file was replaced or written to since it was opened."""
-        self._stamps.check(self.path)
-
-    def watch(self, files: Iterable[Path]) -> None:
-        """Let `check_unchanged` look at further files too."""
-        self._stamps.add(files)
 
     def _find_config(self) -> QwenConfig:
         first = next(iter(self.contents.values()))
@@ -240,12 +220,3 @@ def read_rows(place: TensorPlace, begin: int, end: int) -> Tensor:
 
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.uint8)
-
-
-def _compare_manifest(path: Path) -> None:
-    if not (path / manifest.MANIFEST_NAME).is_file():
-        logger.info("%s: no %s, so the content is not verified against digests", path, manifest.MANIFEST_NAME)
-        return
-    problems = manifest.verify(path, "sizes")
-    if problems:
-        raise CorruptInputError(f"{path}: not as its {manifest.MANIFEST_NAME} says: {'; '.join(problems)}")
