@@ -84,29 +84,29 @@ class Breakdown:
         clock: "host" (wall time of the stepping thread) or "device" (time of kernels).
         seconds: of a profiled step.
         steps: how many were profiled.
-        measured_seconds: median of the steps that were measured, without the profiler.
+        plain_seconds: mean of as many steps right before, without the profiler.
         parts: the longest first; the last is the unattributed rest.
     """
 
     clock: str
     seconds: float
     steps: int
-    measured_seconds: float
+    plain_seconds: float
     parts: tuple[Part, ...]
 
     @property
     def overhead(self) -> float:
         """What profiling costs: how much longer a profiled step takes, as a fraction."""
-        return self.seconds / self.measured_seconds - 1.0
+        return self.seconds / self.plain_seconds - 1.0
 
 
-def attribute(events: Iterable[Event], flops: Mapping[str, float], *, measured_seconds: float) -> Breakdown:
+def attribute(events: Iterable[Event], flops: Mapping[str, float], *, plain_seconds: float) -> Breakdown:
     """Sum the events inside the ranges called `STEP` by kind and phase.
 
     Args:
         events: of all threads, at least one of them a `STEP`.
         flops: floating-point operations of a step by kind, where they are counted.
-        measured_seconds: see `Breakdown`.
+        plain_seconds: see `Breakdown`.
     """
     ordered = sorted(events, key=lambda each: (each.start, -each.end))
     steps = [each for each in ordered if each.name == STEP]
@@ -127,7 +127,7 @@ def attribute(events: Iterable[Event], flops: Mapping[str, float], *, measured_s
         clock=clock,
         seconds=wall / len(steps),
         steps=len(steps),
-        measured_seconds=measured_seconds,
+        plain_seconds=plain_seconds,
         parts=_parts(spent, len(steps), flops),
     )
 

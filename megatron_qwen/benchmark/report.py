@@ -14,6 +14,8 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.table import Table
 
+from megatron_qwen.benchmark.breakdown import Breakdown
+from megatron_qwen.benchmark.breakdown_report import append_breakdown_csv, draw_breakdown
 from megatron_qwen.benchmark.timing import Summary
 
 COLUMNS = ("contestant", "ms/step", "p10", "p90", "ours/this", "{unit}/s", "TFLOP/s", "MFU", "peak MiB")
@@ -30,8 +32,9 @@ class Row:
         ratio: our median over this one's: below 1 we are faster; 1 for ourselves, 0 for a ceiling.
         amount_per_second: of `unit`.
         flops_per_second: by the convention named in `setting`; 0 if the case counts none.
-        utilisation: flops_per_second over the ceiling measured in the same run (on a GEMM: 1); 0 if unknown.
-        peak_bytes: largest resident set of the contestant's process; 0 if it has none of its own.
+        utilisation: flops_per_second over the report's ceiling; 0 if there is none.
+        peak_bytes: most memory the contestant's process held, on a GPU allocated there, else resident; 0 if it has no
+            process of its own.
         versions: of python and the libraries the contestant loaded.
     """
 
@@ -57,6 +60,8 @@ class Report:
         commit: of this repository, with "+" for uncommitted changes; "" outside a repository.
         taken: UTC time, ISO 8601.
         agreement: largest relative difference of the contestants' check values.
+        ceiling: what `Row.utilisation` is measured against: a GPU's data sheet, or a GEMM of the same run.
+        breakdown: where our contestant's time goes, if it was asked for.
     """
 
     device: str
@@ -64,6 +69,8 @@ class Report:
     taken: str
     agreement: float
     rows: tuple[Row, ...]
+    ceiling: str = ""
+    breakdown: Breakdown | None = None
 
     def as_json(self) -> str:
         """Return the whole report as JSON."""
@@ -91,6 +98,8 @@ def table(report: Report) -> Table:
     first = report.rows[0]
     setting = ", ".join(f"{name} {value}" for name, value in first.setting.items())
     title = f"{first.case}: {setting}\n{report.device}, commit {report.commit or 'unknown'}"
+    if report.ceiling:
+        title += f"\nMFU against {report.ceiling}"
     result = Table(title=title, box=SIMPLE, title_justify="left", padding=(0, 1))
     for column in COLUMNS:
         result.add_column(column.format(unit=first.unit), justify="left" if column == "contestant" else "right")
@@ -119,6 +128,8 @@ def _cells(row: Row) -> tuple[str, ...]:
 def write_report(report: Report, folder: Path) -> list[Path]:
     """Write `<case>.json`, `<case>.csv` (appended to, one line per row) and `<case>.png` into `folder`.
 
+    A breakdown adds `<case>-breakdown.csv` (appended to, one line per kind of operation) and its chart.
+
     Returns:
         The files written.
     """
@@ -128,6 +139,13 @@ def write_report(report: Report, folder: Path) -> list[Path]:
     files[0].write_text(report.as_json() + "\n", encoding="utf-8")
     _append_csv(report, files[1])
     _draw(report, files[2])
+    if report.breakdown is not None:
+        breakdown_files = [stem.with_name(f"{stem.name}-breakdown{suffix}") for suffix in (".csv", ".png")]
+        first = report.rows[0]
+        facts = {"taken": report.taken, "commit": report.commit, "device": report.device}
+        append_breakdown_csv(report.breakdown, {**facts, "setting": dict(first.setting)}, breakdown_files[0])
+        draw_breakdown(report.breakdown, _chart_title(first), breakdown_files[1])
+        files += breakdown_files
     return files
 
 
@@ -180,10 +198,13 @@ def _draw(report: Report, file: Path) -> None:
     axes.barh([row.contestant for row in rows], medians, xerr=spread, color=colours, capsize=3)
     axes.invert_yaxis()
     axes.set_xlabel("ms per step: median, 10th and 90th percentile")
-    setting = rows[0].setting
-    axes.set_title(f"{rows[0].case}: " + ", ".join(f"{name} {value}" for name, value in setting.items()), fontsize=8)
+    axes.set_title(_chart_title(rows[0]), fontsize=8)
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
+
+
+def _chart_title(row: Row) -> str:
+    return f"{row.case}: " + ", ".join(f"{name} {value}" for name, value in row.setting.items())
 
 
 def _peers(rows: Sequence[Row]) -> list[Row]:

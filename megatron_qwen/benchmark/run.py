@@ -12,6 +12,7 @@ from megatron_qwen.benchmark.timing import check_agreement, step_in_turn, summar
 from megatron_qwen.benchmark.worker import Step, Worker
 from megatron_qwen.errors import ConfigError
 from megatron_qwen.parallel.device import device_name
+from megatron_qwen.training.rank import TORCH_DTYPES
 
 
 def run_case(
@@ -24,6 +25,7 @@ def run_case(
     warmup: int = 2,
     rounds: int = 10,
     on_round: Callable[[int], None] | None = None,
+    profile: Mapping[str, Any] | None = None,
 ) -> Report:
     """Measure our contestant of `case`, and in turn with it those named in `versus`.
 
@@ -36,6 +38,7 @@ def run_case(
         warmup: steps of each contestant before measuring.
         rounds: measured steps of each contestant.
         on_round: called with the number of rounds done.
+        profile: arguments of `breakdown` of our contestant, a `worker.ProfiledRunner`: called once all is measured.
 
     Raises:
         ConfigError: rounds or warm-up out of range, or an unknown name in `versus`.
@@ -51,8 +54,42 @@ def run_case(
         ]
         steps = step_in_turn(workers, warmup=warmup, rounds=rounds, on_round=on_round)
         agreement = _agreement(contestants, steps, case.tolerance[setting["dtype"]])
-        rows = _rows(case, contestants, workers, steps, setting)
-    return Report(device=device_name(), commit=git_commit(), taken=now(), agreement=agreement, rows=rows)
+        peak, ceiling = _ceiling(contestants, workers, steps, setting["dtype"])
+        rows = _rows(case, contestants, workers, steps, setting, peak)
+        breakdown = None
+        if profile is not None:
+            breakdown = workers[0].breakdown(**profile)
+    return Report(
+        device=device_name(),
+        commit=git_commit(),
+        taken=now(),
+        agreement=agreement,
+        rows=rows,
+        ceiling=ceiling,
+        breakdown=breakdown,
+    )
+
+
+def _ceiling(
+    contestants: Sequence[Contestant], workers: Sequence[Worker], steps: Sequence[Sequence[Step]], dtype: str
+) -> tuple[float, str]:
+    """FLOP/s that utilisation is measured against, and what they are; 0 and "" where the case has no ceiling."""
+    # Noise only ever slows a product down: its quickest tenth is the nearest to what the machine can do.
+    measured = [
+        worker.flops / summarise([step.seconds for step in mine]).p10
+        for contestant, worker, mine in zip(contestants, workers, steps, strict=True)
+        if contestant.is_ceiling
+    ]
+    if not measured:
+        return 0.0, ""
+    import torch
+
+    from megatron_qwen.training.metrics import data_sheet_peak
+
+    known = data_sheet_peak(device_name(), TORCH_DTYPES[dtype]) if torch.cuda.is_available() else None
+    if known is not None:
+        return 1e12 * known.tflops, f"{known.source}: {known.tflops:,.1f} TFLOP/s"
+    return max(measured), f"GEMM measured in this run: {max(measured) / 1e12:.3f} TFLOP/s"
 
 
 def _agreement(contestants: Sequence[Contestant], steps: Sequence[Sequence[Step]], tolerance: float) -> float:
@@ -67,10 +104,9 @@ def _rows(
     workers: Sequence[Worker],
     steps: Sequence[Sequence[Step]],
     setting: Mapping[str, Any],
+    peak: float,
 ) -> tuple[Row, ...]:
     summaries = [summarise([step.seconds for step in mine]) for mine in steps]
-    # Noise only ever slows a product down: its quickest tenth is the nearest to what the machine can do.
-    ceilings = [w.flops / s.p10 for c, w, s in zip(contestants, workers, summaries, strict=True) if c.is_ceiling]
     rows = []
     for contestant, worker, seconds in zip(contestants, workers, summaries, strict=True):
         rate = worker.flops / seconds.median
@@ -84,7 +120,7 @@ def _rows(
                 unit=case.unit,
                 amount_per_second=0.0 if contestant.is_ceiling else worker.amount / seconds.median,
                 flops_per_second=rate,
-                utilisation=rate / max(ceilings) if ceilings else 0.0,
+                utilisation=rate / peak if peak else 0.0,
                 peak_bytes=worker.peak_bytes(),
                 versions=worker.versions,
             )

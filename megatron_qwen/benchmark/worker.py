@@ -16,11 +16,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol
 
+from megatron_qwen.benchmark.breakdown import Breakdown, Part
 from megatron_qwen.errors import ConfigError, RankFailure
 
 
@@ -37,6 +38,14 @@ class Runner(Protocol):
 
     def step(self) -> float:
         """Do the work once, to the end, and return a value that all contestants must agree on."""
+        ...
+
+
+class ProfiledRunner(Runner, Protocol):
+    """A Runner that can say where the time of its steps goes."""
+
+    def breakdown(self, **request: Any) -> Breakdown:
+        """Take some more steps under the profiler; `request` is what was given to `Worker.breakdown`."""
         ...
 
 
@@ -92,8 +101,13 @@ class Worker:
         return Step(answer["seconds"], answer["value"], answer["cpu"])
 
     def peak_bytes(self) -> int:
-        """Return the largest resident set of the child so far, in bytes."""
+        """Return the most memory the child ever held, in bytes: on a GPU allocated there, else resident."""
         return int(self._ask("peak")["bytes"])
+
+    def breakdown(self, **request: Any) -> Breakdown:
+        """Have a contestant that is a `ProfiledRunner` take some steps under the profiler."""
+        found = self._ask({"breakdown": request})
+        return Breakdown(**{**found, "parts": tuple(Part(**part) for part in found["parts"])})
 
     def close(self) -> None:
         """End the child."""
@@ -157,6 +171,9 @@ def _resident_bytes() -> int:
 
 
 def _peak_bytes() -> int:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        return int(torch.cuda.max_memory_allocated())
     # getrusage's figure survives fork and exec on Linux: it would start at the parent's size.
     status = Path("/proc/self/status")
     if status.exists():
@@ -174,11 +191,15 @@ def _serve(requests: IO[str], answers: IO[str]) -> None:
         import torch
 
         torch.set_num_threads(order["threads"])
-    runner: Runner = _load(order["factory"])(**order["arguments"])
+    runner: Any = _load(order["factory"])(**order["arguments"])
     answer({"amount": runner.amount, "flops": runner.flops, "versions": _versions(), "bytes": _resident_bytes()})
     for line in requests:
-        if json.loads(line) == "peak":
+        request = json.loads(line)
+        if request == "peak":
             answer({"bytes": _peak_bytes()})
+            continue
+        if isinstance(request, dict):
+            answer(asdict(runner.breakdown(**request["breakdown"])))
             continue
         start, cpu_start = time.perf_counter(), time.process_time()
         value = runner.step()

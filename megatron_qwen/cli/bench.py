@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from megatron_qwen.benchmark.report import Report
 
 DTYPES = ("fp32", "bf16")
+PROFILED_STEPS = 3
 TABLE_WIDTH = 126  # a file or pipe has none of its own, and cut figures are of no use
 
 
@@ -34,9 +35,10 @@ def register(app: typer.Typer) -> None:
 
 def train(
     model: Annotated[
-        str, typer.Option(help="tiny, tiny-moe, small, small-moe, a preset, or a Hugging Face folder.")
+        str, typer.Option(help="tiny, tiny-moe, small, small-moe, a preset (7B will do), or a Hugging Face folder.")
     ] = "small",
     layers: Annotated[int | None, typer.Option(help="Keep this many layers. [default: all]")] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="Another vocabulary. [default: the model's]")] = None,
     seq_length: Annotated[int, typer.Option(help="Tokens per sample.")] = 512,
     micro_batch_size: Annotated[int, typer.Option(help="Samples per step.")] = 1,
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
@@ -44,12 +46,21 @@ def train(
     vs: Annotated[list[str] | None, typer.Option(help="transformers, transformers-bf16; may be given again.")] = None,
     steps: Annotated[int, typer.Option(help="Measured steps of each contestant.")] = 10,
     warmup: Annotated[int, typer.Option(help="Steps of each contestant before measuring.")] = 2,
-    out: Annotated[Path | None, typer.Option(help="Folder for train.json, train.csv (appended) and train.png.")] = None,
+    breakdown: Annotated[
+        bool,
+        typer.Option(help="Where our time goes, by kind of operation: from steps profiled after the measured ones."),
+    ] = True,
+    memory_check: Annotated[bool, typer.Option(help="Refuse what does not fit in memory before it is built.")] = True,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for train.json, train.csv (appended), train.png; -breakdown.csv, .png.")
+    ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Time whole training steps: forward, backward, gradient clipping, AdamW."""
+    """Time whole training steps: forward, backward, gradient clipping, AdamW; and say where the time goes."""
     from megatron_qwen.benchmark.cases.model_folder import find_config, write_model
-    from megatron_qwen.model.flops import train_flops_per_token
+    from megatron_qwen.benchmark.memory import free_memory, require_memory
+    from megatron_qwen.benchmark.registry import choose, find_case
+    from megatron_qwen.model.flops import train_flops_by_product
 
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype: got {dtype!r}, expected one of {DTYPES}")
@@ -60,27 +71,37 @@ def train(
     ):
         if value < 1:
             raise ConfigError(f"{name}: got {value}, expected at least 1")
-    config = find_config(model, layers=layers, seq_length=seq_length)
+    config = find_config(model, layers=layers, seq_length=seq_length, vocab_size=vocab_size)
+    contestants = [each.name for each in choose(find_case("train"), tuple(vs or ())) if not each.is_ceiling]
+    tokens = seq_length * micro_batch_size
+    if memory_check:
+        available, device = free_memory()
+        require_memory(config, dtype=dtype, tokens=tokens, contestants=contestants, available=available, device=device)
     setting = {
         "model": model,
         "layers": config.num_hidden_layers,
         "hidden": config.hidden_size,
+        "vocab": config.vocab_size,
         "seq": seq_length,
         "batch": micro_batch_size,
         "dtype": dtype,
         "threads": threads or "all",
         "flops": "6 per weight and token, causal",
     }
-    flops = train_flops_per_token(config, seq_length, causal=True) * seq_length * micro_batch_size
+    products = train_flops_by_product(config, seq_length, causal=True)
+    flops = {kind: per_token * tokens for kind, per_token in products.items()}
     with TemporaryDirectory(prefix="qwen-bench-") as scratch:
         arguments = {
-            "folder": str(write_model(Path(scratch) / "model", config)),
+            "folder": str(write_model(Path(scratch) / "model", config, with_weights=bool(vs))),
             "dtype": dtype,
             "seq_length": seq_length,
             "micro_batch_size": micro_batch_size,
-            "flops": flops,
+            "flops": sum(flops.values()),
         }
-        report = _measure("train", arguments, setting, vs or [], threads, warmup, steps)
+        if not vs:
+            arguments["with_weights"] = False
+        profile = {"steps": PROFILED_STEPS, "flops": flops} if breakdown else None
+        report = _measure("train", arguments, setting, vs or [], threads, warmup, steps, profile)
     _show(report, out, json_output)
 
 
@@ -164,6 +185,7 @@ def _measure(
     threads: int | None,
     warmup: int,
     rounds: int,
+    profile: Mapping[str, Any] | None,
 ) -> Report:
     from rich.console import Console
     from rich.progress import Progress
@@ -182,16 +204,21 @@ def _measure(
             warmup=warmup,
             rounds=rounds,
             on_round=lambda done: progress.update(task, completed=done),
+            profile=profile,
         )
 
 
 def _show(report: Report, out: Path | None, as_json: bool) -> None:
+    from megatron_qwen.benchmark.breakdown_report import breakdown_table
     from megatron_qwen.benchmark.report import table, write_report
 
     if as_json:
         sys.stdout.write(report.as_json() + "\n")
     else:
-        _console().print(table(report))
+        console = _console()
+        console.print(table(report))
+        if report.breakdown is not None:
+            console.print(breakdown_table(report.breakdown))
     if out is not None:
         _say_written(write_report(report, out))
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
+from megatron_qwen.benchmark.memory import keep_layers
 from megatron_qwen.errors import ConfigError
 from megatron_qwen.model.config import QwenConfig
 from megatron_qwen.testing.tiny import tiny_dense, tiny_moe, write_tiny_hf
@@ -25,16 +27,17 @@ BUILT_IN = {
 _AUX_LOSS_COEFFICIENT = 1e-6
 
 
-def find_config(source: str, *, layers: int | None, seq_length: int) -> QwenConfig:
+def find_config(source: str, *, layers: int | None, seq_length: int, vocab_size: int | None = None) -> QwenConfig:
     """Return the configuration to measure.
 
     Args:
         source: "tiny", "tiny-moe", "small", "small-moe", a preset's name, or a Hugging Face folder.
         layers: keep this many layers; None keeps all.
         seq_length: positions that the model must have.
+        vocab_size: rows of the embedding; None keeps the model's.
 
     Raises:
-        ConfigError: no such model, or one with fewer layers or positions.
+        ConfigError: no such model, or one with fewer layers or positions, or no vocabulary.
     """
     if source in BUILT_IN:
         config = BUILT_IN[source]()
@@ -44,17 +47,21 @@ def find_config(source: str, *, layers: int | None, seq_length: int) -> QwenConf
         config = dataclasses.replace(config, router_aux_loss_coef=_AUX_LOSS_COEFFICIENT)
     if seq_length > config.max_position_embeddings:
         raise ConfigError(f"--seq-length {seq_length}: {source} has {config.max_position_embeddings} positions")
+    if vocab_size is not None:
+        if vocab_size < 2:
+            raise ConfigError(f"--vocab-size: got {vocab_size}, expected at least 2")
+        config = dataclasses.replace(config, vocab_size=vocab_size)
     if layers is None:
         return config
     if not 1 <= layers <= config.num_hidden_layers:
         raise ConfigError(f"--layers {layers}: {source} has {config.num_hidden_layers}, expected 1 to that")
-    return dataclasses.replace(
-        config,
-        num_hidden_layers=layers,
-        mlp_only_layers=tuple(each for each in config.mlp_only_layers if each < layers),
-    )
+    return keep_layers(config, layers)
 
 
-def write_model(folder: Path, config: QwenConfig) -> Path:
-    """Write `config` with random weights in float32 to `folder`, created if needed."""
-    return write_tiny_hf(folder, config)
+def write_model(folder: Path, config: QwenConfig, *, with_weights: bool = True) -> Path:
+    """Write `config` to `folder`, created if needed, with random weights in float32 if wanted."""
+    if with_weights:
+        return write_tiny_hf(folder, config)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config.to_hf(), indent=2) + "\n")
+    return folder

@@ -1,7 +1,8 @@
 """One whole training step, ours and transformers': forward, backward, gradient clipping, AdamW.
 
 Both start from the same Hugging Face folder, read the same tokens, and step with the same
-hyper-parameters. Each class is built in a process of its own (see `worker.py`).
+hyper-parameters. Each class is built in a process of its own (see `worker.py`). Alone, ours
+starts from Megatron-Core's own random weights: no folder of them is written and read.
 
 What each keeps in bf16: ours, bf16 weights and gradients with fp32 masters and moments, as Megatron-Core
 trains; `transformers`, fp32 weights under bf16 autocast, as its Trainer's `bf16=True` does;
@@ -11,13 +12,15 @@ trains; `transformers`, fp32 weights under bf16 autocast, as its Trainer's `bf16
 from __future__ import annotations
 
 import contextlib
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from megatron_qwen.benchmark.breakdown import Event, record
+from megatron_qwen.benchmark.breakdown import Breakdown, attribute, record
 from megatron_qwen.benchmark.step_ranges import named_ranges
 
 LEARNING_RATE = 1e-4
@@ -51,8 +54,17 @@ class Batches:
 class MegatronStep:
     """Our training step: the parts that `megatron-qwen train pretrain` puts together, on one rank."""
 
-    def __init__(self, *, folder: str, dtype: str, seq_length: int, micro_batch_size: int, flops: float) -> None:
-        from megatron_qwen.conversion.run import load_weights_into
+    def __init__(
+        self,
+        *,
+        folder: str,
+        dtype: str,
+        seq_length: int,
+        micro_batch_size: int,
+        flops: float,
+        with_weights: bool = True,
+    ) -> None:
+        from megatron_qwen.conversion.loading import load_weights_into
         from megatron_qwen.model.build import build_model_chunks
         from megatron_qwen.model.config import QwenConfig
         from megatron_qwen.parallel import groups
@@ -79,7 +91,8 @@ class MegatronStep:
         layout = groups.initialize(ParallelLayout())
         config = QwenConfig.from_hf(folder)
         chunks = build_model_chunks(config, layout, dtype=DTYPES[dtype], **transformer_overrides(recipe, config))
-        load_weights_into(chunks, Path(folder), config)
+        if with_weights:
+            load_weights_into(chunks, Path(folder), config)
         wrapped = wrap_chunks(recipe, chunks)
         optimizer = build_optimizer(recipe, wrapped)
         self._step = TrainStep(
@@ -103,10 +116,16 @@ class MegatronStep:
             torch.cuda.synchronize()
         return loss
 
-    def profile(self, steps: int) -> list[Event]:
-        """Train on one more batch unrecorded and on `steps` recorded; return what the profiler saw."""
+    def breakdown(self, steps: int, flops: Mapping[str, float]) -> Breakdown:
+        """Train on `steps` batches plainly, on one to warm the profiler up and on `steps` recorded."""
+        plain = []
+        for _ in range(steps):
+            start = time.perf_counter()
+            self.step()
+            plain.append(time.perf_counter() - start)
         with named_ranges(self._step):
-            return record(self.step, steps)
+            events = record(self.step, steps)
+        return attribute(events, flops, plain_seconds=sum(plain) / steps)
 
 
 class TransformersStep:
@@ -143,6 +162,8 @@ class TransformersStep:
         self._optimizer.zero_grad()
         if self._is_moe:
             loss = loss - self._model.config.router_aux_loss_coef * output.aux_loss
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
         return float(loss.detach())
 
 
