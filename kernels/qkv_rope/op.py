@@ -76,8 +76,9 @@ def _backward(
     positions: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if backend_for(OP, packed) == "reference":
-        grad_packed, grad_bias = reference.backward((grad_q, grad_k, grad_v), packed, cos, sin, positions)
-        return grad_packed, packed.new_empty(0) if bias is None else grad_bias.to(bias.dtype)
+        grads = grad_q, grad_k, grad_v
+        grad_packed, grad_bias = reference.backward(grads, packed, cos, sin, positions, bias is not None)
+        return grad_packed, packed.new_empty(0) if bias is None or grad_bias is None else grad_bias.to(bias.dtype)
     grad_packed, grad_bias = _backward_fake(grad_q, grad_k, grad_v, packed, cos, sin, bias, positions)
     if not packed.numel():
         return grad_packed, grad_bias.zero_()

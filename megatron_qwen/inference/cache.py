@@ -8,8 +8,9 @@ same slot:
     row 0           a b c . .                          . . a b c | next tokens
     row 1           d e f g h                          d e f g h |
 
-Decoding then hides a row's empty slots and rotates queries and keys by position, not by slot. Keys are
-cached before rotation, so moving them changes nothing.
+Decoding then hides a row's empty slots and rotates queries and keys by position, not by slot. Layers of the
+local backend cache keys rotated by their position in their own text, those of Transformer Engine before
+rotation: either way moving them changes nothing.
 
 Legend: B rows, S query tokens, K slots filled so far, D head size.
 """

@@ -1,17 +1,103 @@
-"""YaRN as Megatron-Core understands it.
+"""Rotary positions between Megatron-Core, which has angles, and `ops.qkv_rope`, which takes tables; and YaRN.
 
 Megatron's `YarnRotaryEmbedding` computes transformers' frequencies (same correction range, same ramp,
 fp32), so nothing is reimplemented here. What has no field of its own is transformers' explicit
 `attention_factor`; it is expressed through Megatron's two mscales.
+
+Shapes: S tokens of a sequence, B sequences, T tokens of packed sequences, R rotated dimensions of a head, P positions.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+import torch
+
+from megatron_qwen import ops
 from megatron_qwen.errors import ConfigError
 from megatron_qwen.model.config import YarnScaling
+
+if TYPE_CHECKING:
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rotation:
+    """What `ops.qkv_rope` takes: fp32 tables [P, R / 2], and the row of each token; None for row s at token s."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    positions: torch.Tensor | None
+
+
+def rotation_of(
+    angles: torch.Tensor, config: Any, *, tokens: int, offset: int, packed: PackedSeqParams | None
+) -> Rotation:
+    """Return the tables of GPTModel's angles, and where in them each token of this rank looks.
+
+    The tables are made once for all layers: Megatron hands the same angles to each of them.
+
+    Args:
+        angles: radians [P, 1, 1, R], both halves alike; [P, B, 1, R] where rows of the batch differ in position.
+            With context parallelism P runs over this rank's tokens, except for packed sequences.
+        config: Megatron's configuration, of which YaRN's factors are read.
+        tokens: S, or T of packed sequences.
+        offset: tokens that a key-value cache holds already.
+        packed: boundaries of packed sequences, or None.
+    """
+    cos, sin = _TABLES.get(angles, lambda: _tables(angles, config))
+    if packed is not None and packed.qkv_format == "thd":
+        bounds = packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
+        return Rotation(cos=cos, sin=sin, positions=_POSITIONS.get(bounds, lambda: _packed_positions(bounds)))
+    batch = angles.shape[1]
+    rows = slice(offset * batch, (offset + tokens) * batch)
+    own_row = None if batch == 1 else torch.arange(tokens * batch, device=cos.device).view(tokens, batch)
+    return Rotation(cos=cos[rows], sin=sin[rows], positions=own_row)
+
+
+def _tables(angles: torch.Tensor, config: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cos and sin times YaRN's factor, one row per position (and per row of the batch where they differ)."""
+    from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
+        _yarn_get_concentration_factor_from_config,
+    )
+
+    mscale = _yarn_get_concentration_factor_from_config(config)
+    with torch.inference_mode(False):  # so that tables made while generating text serve a training step, too
+        half = angles[..., : angles.shape[-1] // 2].flatten(0, -2).float()
+        return half.cos() * mscale, half.sin() * mscale
+
+
+def _packed_positions(bounds: torch.Tensor) -> torch.Tensor:
+    from megatron.core import parallel_state
+
+    return ops.packed_positions(
+        bounds,
+        cp_size=parallel_state.get_context_parallel_world_size(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+    )
+
+
+class _PerTensor:
+    """What was computed from a tensor, kept as long as the tensor object lives."""
+
+    def __init__(self) -> None:
+        self._results: dict[int, tuple[weakref.ref[torch.Tensor], Any]] = {}
+
+    def get(self, tensor: torch.Tensor, compute: Callable[[], Any]) -> Any:
+        """Return the result for this very tensor object, computed by the first call."""
+        key = id(tensor)
+        found = self._results.get(key)
+        if found is None or found[0]() is not tensor:
+            found = weakref.ref(tensor, lambda _: self._results.pop(key, None)), compute()
+            self._results[key] = found
+        return found[1]
+
+
+_TABLES, _POSITIONS = _PerTensor(), _PerTensor()
 
 
 def yarn_fields(scaling: YarnScaling | None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
     get_mlp_module_spec_for_backend,
 )
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType, LayerType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
@@ -35,6 +35,7 @@ from megatron_qwen.errors import ConfigError
 from megatron_qwen.model.attention import CoreAttention
 from megatron_qwen.model.experts import LocalExperts
 from megatron_qwen.model.norm import RMSNorm
+from megatron_qwen.model.self_attention import QwenSelfAttention
 from megatron_qwen.model.swiglu import SwiGLU
 from megatron_qwen.model.transformer_config import transformer_engine_by_default
 
@@ -115,7 +116,9 @@ def layer_spec(*, backend: str, num_experts: int | None = None, grouped_gemm: bo
     )
     submodules = TransformerLayerSubmodules(
         input_layernorm=provider.layer_norm(),
-        self_attention=ModuleSpec(SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention),
+        self_attention=ModuleSpec(
+            QwenSelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+        ),
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=provider.layer_norm(),
         mlp=mlp,

@@ -1,0 +1,115 @@
+"""Self-attention whose bias, rotary embedding and split into q, k, v are one operation, `ops.qkv_rope`.
+
+Megatron-Core does the three in steps, and leaves the fused kernels it knows for YaRN, packed sequences and context
+parallelism. Everything behind q, k and v is Megatron's own: key-value cache, core attention, output projection.
+
+Shapes: S tokens of a sequence, B sequences, T tokens of packed sequences, W columns of the packed projection,
+R rotated dimensions of a head, P positions.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
+
+from megatron_qwen import ops
+from megatron_qwen.model.rope import Rotation, rotation_of
+
+if TYPE_CHECKING:
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+
+class QwenSelfAttention(SelfAttention):  # type: ignore[misc]  # megatron-core is untyped
+    """Megatron-Core's SelfAttention with the same parameters; keys enter the cache rotated.
+
+    The projection leaves its bias to `ops.qkv_rope`. What that operation does not do (norms of q and k, an output
+    gate, interleaved rotation, fewer groups than tensor-parallel ranks, Megatron's dynamic batching) takes Megatron's
+    own way.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Build Megatron's module; arguments are its own."""
+        super().__init__(*args, **kwargs)
+        self._can_fuse = self.can_fuse()
+        self._rotation: Rotation | None = None
+
+    def can_fuse(self) -> bool:
+        """Whether `ops.qkv_rope` does all that stands between this module's projection and its core attention."""
+        config = self.config
+        return (
+            isinstance(self.q_layernorm, IdentityOp)
+            and isinstance(self.k_layernorm, IdentityOp)
+            and not (config.rotary_interleaved or config.flash_decode or config.no_rope_freq or config.test_mode)
+            and not getattr(config, "attention_output_gate", False)
+            and config.num_query_groups >= self.world_size
+        )
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *args: Any,
+        rotary_pos_emb: torch.Tensor | None = None,
+        inference_context: Any = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend.
+
+        Args:
+            hidden_states: [S, B, H], or [T, 1, H] packed; a part of S or T with sequence parallelism.
+            attention_mask: see `CoreAttention`.
+            args: further arguments of Megatron's module.
+            rotary_pos_emb: angles [P, 1, 1, R] in radians, as GPTModel makes them, or [P, B, 1, R] for a batch whose
+                rows are at positions of their own; None attends without positions.
+            inference_context: Megatron's static key-value cache, or None.
+            packed_seq_params: boundaries of packed sequences, or None.
+            kwargs: as args.
+
+        Returns:
+            Output [S, B, H] (or [T, 1, H]), and the bias that the output projection left out, if any.
+        """
+        rest = {"inference_context": inference_context, "packed_seq_params": packed_seq_params, **kwargs}
+        is_static = inference_context is None or inference_context.is_static_batching()
+        if not (self._can_fuse and is_static and isinstance(rotary_pos_emb, torch.Tensor)):
+            return super().forward(  # type: ignore[no-any-return]
+                hidden_states, attention_mask, *args, rotary_pos_emb=rotary_pos_emb, **rest
+            )
+        self._rotation = rotation_of(
+            rotary_pos_emb,
+            self.config,
+            tokens=hidden_states.shape[0] * (self.world_size if self.config.sequence_parallel else 1),
+            offset=0 if inference_context is None else int(inference_context.sequence_len_offset),
+            packed=packed_seq_params,
+        )
+        try:
+            return super().forward(hidden_states, attention_mask, *args, rotary_pos_emb=None, **rest)  # type: ignore[no-any-return]
+        finally:
+            self._rotation = None
+
+    def get_query_key_value_tensors(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return q [S, B, heads, D], k and v [S, B, groups, D] of this rank, q and k rotated.
+
+        Called by Megatron's forward; without a rotation at hand it does what Megatron does.
+        """
+        rotation = self._rotation
+        if rotation is None:
+            return super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
+        projection = self.linear_qkv
+        leaves_bias, projection.skip_bias_add = projection.skip_bias_add, True
+        try:
+            packed_SBW, bias_W = projection(hidden_states)
+        finally:
+            projection.skip_bias_add = leaves_bias
+        return ops.qkv_rope(
+            packed_SBW,
+            rotation.cos,
+            rotation.sin,
+            num_groups=self.num_query_groups_per_partition,
+            head_dim=self.hidden_size_per_attention_head,
+            bias=bias_W,
+            positions=rotation.positions,
+        )
