@@ -18,6 +18,13 @@ from megatron_qwen.kernels.backends import (
     requested_backend,
     use_backend,
 )
+from megatron_qwen.kernels.linear_cross_entropy import (
+    TokenLosses,
+    WeightGradient,
+    linear_cross_entropy,
+    linear_cross_entropy_terms,
+)
+from megatron_qwen.kernels.moe_permute import ExpertOrder, expert_order, moe_permute, moe_unpermute
 from megatron_qwen.kernels.moe_routing import (
     Routing,
     huggingface_balance_loss,
@@ -31,14 +38,22 @@ from megatron_qwen.kernels.swiglu import swiglu, swiglu_backward_
 
 __all__ = [
     "BACKENDS",
+    "ExpertOrder",
     "OpChoice",
     "Routing",
+    "TokenLosses",
+    "WeightGradient",
     "add_rms_norm",
     "choices",
     "context_parallel_positions",
+    "expert_order",
     "huggingface_balance_loss",
+    "linear_cross_entropy",
+    "linear_cross_entropy_terms",
     "megatron_balance_loss",
+    "moe_permute",
     "moe_routing",
+    "moe_unpermute",
     "packed_positions",
     "qkv_rope",
     "requested_backend",

@@ -9,6 +9,7 @@ import torch
 from op_checks import check_against_fp64, random, results, rows_beyond_32_bits
 
 from megatron_qwen import ops
+from megatron_qwen.testing.poison import poisoned_outputs
 
 
 def plain_routing(logits: torch.Tensor, topk: int, renormalize: bool) -> tuple[torch.Tensor, ...]:
@@ -101,4 +102,57 @@ def check_routing_offsets(backend: str) -> None:
     with ops.use_backend(backend):
         far = ops.moe_routing(logits, 3, renormalize=True)
         near = ops.moe_routing(logits.contiguous(), 3, renormalize=True)
+    assert all(torch.equal(a, b) for a, b in zip(far, near, strict=True))
+
+
+def some_experts(tokens: int, num_experts: int, topk: int, empty: tuple[int, ...] = ()) -> torch.Tensor:
+    """[T, k] different experts per token, none of `empty`."""
+    scores = random((tokens, num_experts), torch.float32, seed=5)
+    scores[:, list(empty)] = float("-inf")
+    return scores.argsort(dim=-1, descending=True, stable=True)[:, :topk].contiguous()
+
+
+def check_order(tokens: int, num_experts: int, topk: int, empty: tuple[int, ...], backend: str) -> None:
+    experts = some_experts(tokens, num_experts, topk, empty)
+    choices = sorted(range(tokens * topk), key=lambda choice: (int(experts.view(-1)[choice]), choice))
+    with ops.use_backend(backend), poisoned_outputs() as memory:
+        order = ops.expert_order(experts, num_experts)
+    assert memory.count
+    assert order.source.tolist() == choices
+    assert order.positions.shape == (tokens, topk)
+    assert order.positions.view(-1)[order.source].tolist() == list(range(tokens * topk))
+    counts = torch.bincount(experts.flatten(), minlength=num_experts)
+    assert order.offsets.tolist() == [0, *counts.cumsum(0).tolist()]
+
+
+def check_permute(tokens: int, num_experts: int, topk: int, hidden: int, dtype: torch.dtype, backend: str) -> None:
+    experts = some_experts(tokens, num_experts, topk)
+    order = ops.expert_order(experts, num_experts)
+    token_of_row = order.source // topk
+    x, rows = random((tokens, hidden), dtype, seed=0), random((tokens * topk, hidden), dtype, seed=1)
+    weights = random((tokens, topk), torch.float32, seed=2)
+
+    def plain_unpermute(y: torch.Tensor, w: torch.Tensor | None = None) -> torch.Tensor:
+        terms = y[order.positions].to(torch.promote_types(y.dtype, torch.float32))
+        return (terms if w is None else terms * w.unsqueeze(-1)).sum(1).to(y.dtype)
+
+    def ours_unpermute(y: torch.Tensor, w: torch.Tensor | None = None) -> torch.Tensor:
+        return ops.moe_unpermute(y, order, w)
+
+    check_against_fp64(lambda x: ops.moe_permute(x, order), lambda x: x[token_of_row], [x], [rows], backend)
+    check_against_fp64(ours_unpermute, plain_unpermute, [rows], [x], backend)
+    check_against_fp64(ours_unpermute, plain_unpermute, [rows, weights], [x], backend)
+
+
+def check_permute_offsets(backend: str) -> None:
+    x = rows_beyond_32_bits(12)
+    x.copy_(random((3, 12), torch.bfloat16, seed=0))
+    order = ops.expert_order(torch.tensor([[2, 0], [1, 0], [2, 1]]), 3)
+    one = ops.expert_order(torch.tensor([[2], [0], [1]]), 3)
+    grad = random((3, 12), torch.bfloat16, seed=1)
+    weights = random((3, 1), torch.float32, seed=2)
+    with ops.use_backend(backend):
+        assert torch.equal(ops.moe_permute(x, order), ops.moe_permute(x.contiguous(), order))
+        far = results(lambda y, w: ops.moe_unpermute(y, one, w), [x, weights], [grad])
+        near = results(lambda y, w: ops.moe_unpermute(y, one, w), [x.contiguous(), weights], [grad])
     assert all(torch.equal(a, b) for a, b in zip(far, near, strict=True))

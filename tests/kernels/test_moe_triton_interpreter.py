@@ -29,3 +29,23 @@ def test_routing(interpreted, tokens: int, experts: int, topk: int, renormalize:
 )
 def test_routing_in_special_cases(interpreted, check) -> None:
     interpreted(check, "triton")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "topk", "empty"),
+    [(0, 4, 2, ()), (1, 1, 1, ()), (131, 60, 4, (0, 7, 59)), (13, 8, 8, ()), (257, 5, 1, (0, 1, 2, 4))],
+)
+def test_order(interpreted, tokens: int, experts: int, topk: int, empty: tuple[int, ...]) -> None:
+    interpreted(moe_checks.check_order, tokens, experts, topk, empty, "triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "experts", "topk", "hidden"), [(0, 4, 2, 8), (1, 1, 1, 3), (7, 5, 2, 1025), (5, 4, 4, 24), (5, 3, 2, 0)]
+)
+def test_permute(interpreted, tokens: int, experts: int, topk: int, hidden: int, dtype: torch.dtype) -> None:
+    interpreted(moe_checks.check_permute, tokens, experts, topk, hidden, dtype, "triton")
+
+
+def test_permute_beyond_32_bit_offsets(interpreted) -> None:
+    interpreted(moe_checks.check_permute_offsets, "triton")
