@@ -48,7 +48,7 @@ def backward(
     positions: torch.Tensor | None,
     with_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the gradients of packed [..., W], contiguous, and of the bias [W] in fp32 (fp64 for fp64), if there is one.
+    """Return the gradients of packed [..., W], contiguous, and of the bias [W], if any, in fp32 (fp64 for fp64).
 
     The rotation's transpose is the rotation by the opposite angle.
 

@@ -39,9 +39,9 @@ class QwenSelfAttention(SelfAttention):  # type: ignore[misc]  # megatron-core i
     def can_fuse(self) -> bool:
         """Whether `ops.qkv_rope` does all that stands between this module's projection and its core attention."""
         config = self.config
+        norms = self.q_layernorm, self.k_layernorm  # none: None since megatron-core 0.17, an IdentityOp before
         return (
-            isinstance(self.q_layernorm, IdentityOp)
-            and isinstance(self.k_layernorm, IdentityOp)
+            all(norm is None or isinstance(norm, IdentityOp) for norm in norms)
             and not (config.rotary_interleaved or config.flash_decode or config.no_rope_freq or config.test_mode)
             and not getattr(config, "attention_output_gate", False)
             and config.num_query_groups >= self.world_size
