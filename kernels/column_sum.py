@@ -39,11 +39,12 @@ def launch_column_sum(partial: torch.Tensor, out: torch.Tensor) -> None:
 
 def programs_of_first_stage(rows: int, device: torch.device) -> int:
     """Return how many programs share `rows` rows on this device."""
-    return min(rows, PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(device))
+    return min(rows, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device))
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """Return the number of multiprocessors of a device."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     # Compiled only: as on an H100. Interpreted: a few programs, so that there are partial sums to add.

@@ -46,6 +46,7 @@ __all__ = [
     "add_rms_norm",
     "choices",
     "context_parallel_positions",
+    "explain_choice",
     "expert_order",
     "huggingface_balance_loss",
     "linear_cross_entropy",
