@@ -18,6 +18,7 @@ from megatron_qwen.kernels.backends import (
     requested_backend,
     use_backend,
 )
+from megatron_qwen.kernels.grouped_mlp import SharedExpert, grouped_mlp, moe_mlp
 from megatron_qwen.kernels.linear_cross_entropy import (
     TokenLosses,
     WeightGradient,
@@ -38,20 +39,24 @@ from megatron_qwen.kernels.swiglu import swiglu, swiglu_backward_
 
 __all__ = [
     "BACKENDS",
+    "OPERATIONS",
     "ExpertOrder",
     "OpChoice",
     "Routing",
+    "SharedExpert",
     "TokenLosses",
     "WeightGradient",
     "add_rms_norm",
     "choices",
     "context_parallel_positions",
-    "explain_choice",
     "expert_order",
+    "explain_choice",
+    "grouped_mlp",
     "huggingface_balance_loss",
     "linear_cross_entropy",
     "linear_cross_entropy_terms",
     "megatron_balance_loss",
+    "moe_mlp",
     "moe_permute",
     "moe_routing",
     "moe_unpermute",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from megatron_qwen.cli import bench_ops
 from megatron_qwen.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def register(app: typer.Typer) -> None:
     bench.command("train")(train)
     bench.command("data")(data)
     bench.command("convert")(convert)
+    bench.command("ops")(bench_ops.ops)
     app.add_typer(bench, name="bench")
 
 

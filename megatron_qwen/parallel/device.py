@@ -45,10 +45,11 @@ def current_device() -> torch.device:
     return CPU
 
 
-def device_name() -> str:
-    """Return what a person calls the device: the GPU's name, or the CPU model."""
-    if torch.cuda.is_available():
-        return str(torch.cuda.get_device_name(current_device()))
+def device_name(device: torch.device | None = None) -> str:
+    """Return what a person calls a device, that of this rank by default: the GPU's name, or the CPU model."""
+    device = device or current_device()
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():

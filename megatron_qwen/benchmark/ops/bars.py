@@ -1,0 +1,195 @@
+"""The bars that our kernels are measured by on an H100 or H200, and whether a run's rows meet them.
+
+A bar is met only by more than the noise: the relative difference of the two turns that our first contestant takes in
+every round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_qwen.benchmark.ops.result import Judgement, OpRow
+
+LONG = (16_384, 32_768)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """What is asked of our fastest backend; every condition given must hold at every shape named.
+
+    Attributes:
+        name: as reported.
+        case, direction: of the registry.
+        models: presets.
+        tokens: lengths of the token axis.
+        fraction: at least this part of the ceiling.
+        ahead: (peers, factor): at least `factor` times as fast as the fastest of these peers that was timed.
+        memory: (peers, part): at most this part of the peak memory of each of these peers.
+        beside: (case, factor): at most `factor` times that case's time at the same model, tokens and direction.
+    """
+
+    name: str
+    case: str
+    direction: str
+    models: tuple[str, ...]
+    tokens: tuple[int, ...] = LONG
+    fraction: float = 0.0
+    ahead: tuple[tuple[tuple[str, ...], float], ...] = ()
+    memory: tuple[tuple[str, ...], float] | None = None
+    beside: tuple[str, float] | None = None
+
+    def about(self) -> str:
+        """Return the bar in words."""
+        asked = [f">= {self.fraction:g} of the ceiling"] if self.fraction else []
+        asked += [f">= {factor:g}x {'/'.join(peers)}" for peers, factor in self.ahead]
+        asked += [f"<= {self.memory[1]:g} of the memory of {'/'.join(self.memory[0])}"] if self.memory else []
+        asked += [f"<= {self.beside[1]:g}x the time of {self.beside[0]}"] if self.beside else []
+        return f"{self.case} {self.direction}: {', '.join(asked)}"
+
+
+_SEVEN, _BOTH = ("7b",), ("7b", "72b")
+_CHAINS = ("torch", "compile", "liger")
+
+
+def _even(name: str, case: str, direction: str) -> Bar:
+    """Nothing to fuse beyond what the peers fuse: near the copy, and not behind them."""
+    return Bar(
+        name=name, case=case, direction=direction, models=_BOTH, fraction=0.85, ahead=((("compile", "liger"), 1.0),)
+    )
+
+
+BARS = (
+    Bar(
+        name="R1",
+        case="qkv_rope",
+        direction="forward",
+        models=_BOTH,
+        fraction=0.90,
+        ahead=((_CHAINS, 2.0), (("te",), 1.8)),
+    ),
+    Bar(
+        name="R2",
+        case="qkv_rope",
+        direction="backward",
+        models=_BOTH,
+        fraction=0.85,
+        ahead=((("compile",), 1.5),),
+    ),
+    Bar(
+        name="R3",
+        case="rope",
+        direction="forward",
+        models=_BOTH,
+        fraction=0.90,
+        ahead=((("compile", "liger", "te"), 1.0),),
+    ),
+    Bar(
+        name="R4",
+        case="qkv_rope_packed",
+        direction="forward",
+        models=_SEVEN,
+        tokens=(32_768,),
+        ahead=((("te",), 2.0),),
+        beside=("qkv_rope", 1.05),
+    ),
+    _even("N1", "rms_norm", "forward"),
+    _even("N2", "rms_norm", "backward"),
+    _even("N3", "add_rms_norm", "forward"),
+    _even("N4", "add_rms_norm", "backward"),
+    _even("S1", "swiglu", "forward"),
+    _even("S2", "swiglu", "backward"),
+    Bar(
+        name="L1",
+        case="linear_cross_entropy",
+        direction="both",
+        models=_BOTH,
+        tokens=(8192,),
+        ahead=((("liger",), 1.0), (("torch",), 1 / 1.15)),
+        memory=(("torch",), 0.5),
+    ),
+)
+
+
+def judge(rows: Sequence[OpRow], bars: Sequence[Bar] = BARS) -> tuple[Judgement, ...]:
+    """Return for every bar whether the bf16 rows of a GPU meet it, or which of them it lacks."""
+    return tuple(_judge_bar(bar, rows) for bar in bars)
+
+
+def _judge_bar(bar: Bar, rows: Sequence[OpRow]) -> Judgement:
+    found = [part for model in bar.models for tokens in bar.tokens for part in _judge_shape(bar, rows, model, tokens)]
+    status = _overall({status for status, _ in found})
+    return Judgement(bar=bar.name, about=bar.about(), status=status, detail="; ".join(text for _, text in found))
+
+
+def _overall(statuses: set[str]) -> str:
+    """A bar is as good as its worst condition, and incomplete where a condition could not be judged."""
+    for status in ("fail", "unclear"):
+        if status in statuses:
+            return status
+    if "not judged" not in statuses:
+        return "pass"
+    return "incomplete" if "pass" in statuses else "not judged"
+
+
+def _judge_shape(bar: Bar, rows: Sequence[OpRow], model: str, tokens: int) -> list[tuple[str, str]]:
+    here = [row for row in rows if _is_at(row, bar.case, bar.direction, model, tokens)]
+    where = f"{model} {tokens}"
+    ours = _fastest([row for row in here if row.is_ours])
+    if ours is None:
+        wrong = [row for row in here if row.is_ours and row.status == "wrong"]
+        return [("fail" if wrong else "not judged", f"{where}: {'ours is wrong' if wrong else 'ours was not timed'}")]
+    spread = max(row.spread for row in here)
+    where += f" ({ours.contestant})"
+    found = []
+    if bar.fraction:
+        found.append(_verdict(ours.fraction, bar.fraction, spread, f"{where}: {ours.fraction:.3f} of the ceiling"))
+    for names, factor in bar.ahead:
+        peer = _fastest([row for row in here if row.contestant in names])
+        if peer is None:
+            found.append(("not judged", f"{where}: none of {', '.join(names)} was timed"))
+            continue
+        ratio = peer.median / ours.median
+        found.append(_verdict(ratio, factor, spread, f"{where}: {ratio:.2f}x {peer.contestant}"))
+    if bar.memory:
+        found += _judge_memory(bar.memory, ours, here, where)
+    if bar.beside:
+        case, factor = bar.beside
+        other = _fastest([row for row in rows if row.is_ours and _is_at(row, case, bar.direction, model, tokens)])
+        if other is None:
+            found.append(("not judged", f"{where}: {case} was not timed"))
+        else:
+            ratio = other.median / ours.median
+            found.append(_verdict(ratio, 1 / factor, spread, f"{where}: {1 / ratio:.3f}x the time of {case}"))
+    return found
+
+
+def _judge_memory(
+    memory: tuple[tuple[str, ...], float], ours: OpRow, here: Sequence[OpRow], where: str
+) -> list[tuple[str, str]]:
+    names, part = memory
+    found = []
+    for name in names:
+        peer = _fastest([row for row in here if row.contestant == name])
+        if peer is None or not peer.peak_bytes or not ours.peak_bytes:
+            found.append(("not judged", f"{where}: memory of {name} is not known"))
+            continue
+        share = ours.peak_bytes / peer.peak_bytes
+        found.append(("pass" if share <= part else "fail", f"{where}: {share:.3f} of the memory of {name}"))
+    return found
+
+
+def _verdict(value: float, asked: float, spread: float, text: str) -> tuple[str, str]:
+    if value >= asked * (1 + spread):
+        return "pass", text
+    return ("unclear", f"{text}, within the noise of {spread:.1%}") if value >= asked else ("fail", text)
+
+
+def _is_at(row: OpRow, case: str, direction: str, model: str, tokens: int) -> bool:
+    here = row.case, row.direction, row.model, row.sizes.get("tokens"), row.dtype
+    return here == (case, direction, model, tokens, "bf16")
+
+
+def _fastest(rows: Sequence[OpRow]) -> OpRow | None:
+    timed = [row for row in rows if row.status == "timed"]
+    return min(timed, key=lambda row: row.median) if timed else None

@@ -1,0 +1,147 @@
+"""What is measured of an operation, as data: real shapes, inputs, who takes part, bytes and operations by formula."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from megatron_qwen.model.config import QwenConfig
+
+Function = Callable[..., Any]
+Sizes = Mapping[str, int]
+Results = dict[str, torch.Tensor]
+
+DIRECTIONS = ("forward", "backward", "both")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """The tensors of one measurement; every contestant is called as `function(**leaves, **others, **constants)`.
+
+    Attributes:
+        leaves: floating-point inputs, with a gradient where the case has one.
+        others: inputs without one: tables, positions, targets.
+        grads: one per output.
+        shared: names of leaves, others and outputs that have no token axis (such an output is a sum over the tokens);
+            the first axis of all others counts tokens.
+        constants: arguments that are no tensors.
+    """
+
+    leaves: Mapping[str, torch.Tensor]
+    others: Mapping[str, torch.Tensor]
+    grads: tuple[torch.Tensor, ...]
+    shared: frozenset[str]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return everything a contestant is called with."""
+        return {**self.leaves, **self.others, **self.constants}
+
+    def slice(self, begin: int, end: int) -> Workload:
+        """Return the tokens from `begin` to `end`, as views."""
+
+        def cut(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {name: each if name in self.shared else each[begin:end] for name, each in tensors.items()}
+
+        return Workload(
+            leaves=cut(self.leaves),
+            others=cut(self.others),
+            grads=tuple(grad[begin:end] if grad.dim() else grad for grad in self.grads),
+            shared=self.shared,
+            constants=self.constants,
+        )
+
+    def wide(self) -> Workload:
+        """Return the same values with leaves and gradients in fp64; what is no leaf stays as it is."""
+        return Workload(
+            leaves={name: each.detach().double() for name, each in self.leaves.items()},
+            others=self.others,
+            grads=tuple(grad.double() for grad in self.grads),
+            shared=self.shared,
+            constants=self.constants,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpCase:
+    """One operation that is measured.
+
+    Attributes:
+        name: as typed after `--op`.
+        family: as typed after `--family`.
+        operation: the entry of `ops.OPERATIONS` whose kernels compute it.
+        about: one line.
+        outputs: names of the results, in order.
+        directions: of `DIRECTIONS`; "both" is forward and backward timed together.
+        bound: "memory" if bytes over copy bandwidth is the floor, "compute" if operations over the GEMM rate is.
+        sizes: (configuration, sequence length) to named sizes; "tokens" is the length of the token axis.
+        workload: (sizes, dtype, device, seed) to tensors, random.
+        ours: through `megatron_qwen.ops`.
+        plain: torch operations as a model without kernels has them; the fp64 reference too, so it must not round
+            anything to a dtype of its own.
+        peers: name to a function that imports the peer and returns its contestant.
+        bytes_moved: (sizes, direction, bytes per element): each input read once, each output written once.
+        flops: (sizes, direction): floating-point operations, without any that are done again.
+        odd_sizes: sizes for `--check`: primes, one token, one more than a block.
+        lengths: default sequence lengths per device type.
+        in_place: results overwrite the leaves; there is no gradient.
+    """
+
+    name: str
+    family: str
+    operation: str
+    about: str
+    outputs: tuple[str, ...]
+    directions: tuple[str, ...] = ("forward", "backward")
+    bound: str = "memory"
+    sizes: Callable[[QwenConfig, int], dict[str, int]]
+    workload: Callable[[Sizes, torch.dtype, torch.device, int], Workload]
+    ours: Function
+    plain: Function
+    peers: Mapping[str, Callable[[], Function]] = field(default_factory=dict)
+    bytes_moved: Callable[[Sizes, str, int], int]
+    flops: Callable[[Sizes, str], int]
+    odd_sizes: tuple[Sizes, ...]
+    lengths: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: {"cuda": (16_384, 32_768), "cpu": (256,)})
+    in_place: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.bound in ("memory", "compute"), self.bound
+        assert set(self.directions) <= set(DIRECTIONS), self.directions
+
+
+def results(case: OpCase, workload: Workload, function: Function) -> Results:
+    """Return outputs by their names, and gradients of the leaves as "d " + name.
+
+    The workload's tensors are left as they are: what works in place gets copies.
+    """
+    if case.in_place:
+        with torch.no_grad():
+            outputs = as_tuple(function(**{**workload.arguments(), **copies(workload.leaves)}))
+        return dict(zip(case.outputs, outputs, strict=True))
+    leaves = {name: leaf.detach().requires_grad_() for name, leaf in workload.leaves.items()}
+    outputs = as_tuple(function(**{**workload.arguments(), **leaves}))
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), list(workload.grads))
+    found = dict(zip(case.outputs, (each.detach() for each in outputs), strict=True))
+    return found | {f"d {name}": grad for name, grad in zip(leaves, gradients, strict=True)}
+
+
+def copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a copy of each tensor."""
+    return {name: each.detach().clone() for name, each in tensors.items()}
+
+
+def as_tuple(outputs: Any) -> tuple[torch.Tensor, ...]:
+    """Return one tensor or several as a tuple."""
+    return (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
+
+
+def random_normal(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int, scale: float = 1.0
+) -> torch.Tensor:
+    """Return normal random numbers; the same for the same seed, device type and shape."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return (torch.randn(shape, generator=generator, device=device) * scale).to(dtype)
