@@ -13,19 +13,15 @@ _SAMPLE_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConversionReport:
-    """What a conversion did.
+class Subject:
+    """What a conversion is about; the part that both reports share.
 
     Attributes:
-        direction: "hf -> megatron", "megatron -> hf" or "megatron -> megatron".
+        direction: "hf -> megatron", "megatron -> hf", "megatron -> megatron" or "dense hf -> moe hf".
         source, target: folders.
         tensors: Hugging Face tensors converted.
         weight_bytes: bytes of weights at the target.
         dtype: of the weights at the target.
-        seconds: wall time, from reading headers to the rename, without the verification.
-        verify_seconds: of reading the output again and comparing it.
-        reused_files: files that an interrupted run had finished.
-        max_cast_error: largest |x - cast(x)| where dtypes differ; 0 for a bitwise copy.
         notes: what a user should know.
     """
 
@@ -35,15 +31,32 @@ class ConversionReport:
     tensors: int
     weight_bytes: int
     dtype: str
-    seconds: float
-    verify_seconds: float
-    reused_files: int
-    max_cast_error: float
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON types."""
-        return {**asdict(self), "notes": list(self.notes), "megabytes_per_second": self.megabytes_per_second}
+        return {**asdict(self), "notes": list(self.notes)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionReport(Subject):
+    """What a conversion did.
+
+    Attributes:
+        seconds: wall time, from reading headers to the rename, without the verification.
+        verify_seconds: of reading the output again and comparing it.
+        reused_files: files that an interrupted run had finished.
+        max_cast_error: largest |x - cast(x)| where dtypes differ; 0 for a bitwise copy.
+    """
+
+    seconds: float
+    verify_seconds: float
+    reused_files: int
+    max_cast_error: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON types."""
+        return {**super().to_json(), "megabytes_per_second": self.megabytes_per_second}
 
     @property
     def megabytes_per_second(self) -> float:
@@ -60,11 +73,10 @@ class FileSize:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DryRun:
+class DryRun(Subject):
     """What a conversion would do.
 
     Attributes:
-        direction, source, target, tensors, weight_bytes, dtype, notes: as in `ConversionReport`.
         files: of the output, the manifest excepted.
         total_bytes: of all of them.
         free_bytes: on the disk of the target.
@@ -72,22 +84,15 @@ class DryRun:
         expected_seconds: from the rate at which this machine hashes and writes just now.
     """
 
-    direction: str
-    source: str
-    target: str
-    tensors: int
-    weight_bytes: int
-    dtype: str
     files: tuple[FileSize, ...]
     total_bytes: int
     free_bytes: int
     peak_memory_bytes: int
     expected_seconds: float
-    notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON types."""
-        return {**asdict(self), "notes": list(self.notes), "files": [asdict(file) for file in self.files]}
+        return {**super().to_json(), "files": [asdict(file) for file in self.files]}
 
 
 def expected_seconds(num_bytes: int, folder: Path) -> float:

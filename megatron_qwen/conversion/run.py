@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,38 +28,42 @@ from megatron_qwen.conversion.engine.verification import verify_output
 from megatron_qwen.conversion.engine.write import check_memory, default_threads, peak_memory, write_output
 from megatron_qwen.conversion.formats.hf.source import HfFolder
 from megatron_qwen.conversion.interfaces import OutputFile, WeightSource
-from megatron_qwen.conversion.loading import Source, load_model, load_weights_into, open_source, read_config
+from megatron_qwen.conversion.loading import Source, open_source
+from megatron_qwen.conversion.optimizer.verification import verify_optimizer
 from megatron_qwen.conversion.options import ConversionOptions
 from megatron_qwen.conversion.outputs import hf_files, megatron_files
 from megatron_qwen.conversion.parameters import tied_output
 from megatron_qwen.conversion.plan import ConversionPlan
 from megatron_qwen.conversion.report import ConversionReport, DryRun, FileSize, expected_seconds
-from megatron_qwen.conversion.resharding import reshard_files, verify_optimizer
+from megatron_qwen.conversion.resharding import reshard_files
 from megatron_qwen.errors import Interrupted, MismatchError, QwenError
 from megatron_qwen.model.config import QwenConfig
 from megatron_qwen.signals import StopRequest
 
-__all__ = [
-    "Conversion",
-    "ConversionReport",
-    "export_hf",
-    "import_hf",
-    "load_model",
-    "load_weights_into",
-    "open_source",
-    "prepare",
-    "prepare_export",
-    "prepare_import",
-    "prepare_reshard",
-    "read_config",
-    "reshard",
-]
-
 logger = logging.getLogger(__name__)
 
-RESHARD = "megatron -> megatron"
 _SCAN_ROWS = 4096
 _T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A kind of conversion.
+
+    Attributes:
+        direction: for messages; part of what a resumed conversion must agree in.
+        reads_hf: the source is a Hugging Face folder, else a Megatron checkpoint.
+        files: gives the files of the target.
+    """
+
+    direction: str
+    reads_hf: bool
+    files: Callable[[WeightSource, ConversionPlan, CheckedWeights, ConversionOptions], list[OutputFile]]
+
+
+IMPORT = Verb("hf -> megatron", True, megatron_files)
+EXPORT = Verb("megatron -> hf", False, hf_files)
+RESHARD = Verb("megatron -> megatron", False, reshard_files)
 
 
 def import_hf(hf_dir: str | Path, out_dir: str | Path, **options: Any) -> ConversionReport:
@@ -115,9 +119,7 @@ def reshard(
 
 def prepare_import(hf_dir: str | Path, out_dir: str | Path, **options: Any) -> Conversion:
     """Prove from headers that `import_hf` can do its work, and return it ready to run."""
-    chosen = ConversionOptions(**options)
-    source = _open(Path(hf_dir), Path(out_dir), chosen, is_hf=True)
-    return prepare("hf -> megatron", source, Path(out_dir), chosen, megatron_files)
+    return _prepare_folder(IMPORT, hf_dir, out_dir, options)
 
 
 def prepare_export(
@@ -129,9 +131,7 @@ def prepare_export(
     **options: Any,
 ) -> Conversion:
     """Prove from headers that `export_hf` can do its work, and return it ready to run."""
-    chosen = ConversionOptions(**options)
-    source = _open(Path(megatron_dir), Path(out_dir), chosen, is_hf=False, step=step, config=config)
-    return prepare("megatron -> hf", source, Path(out_dir), chosen, hf_files)
+    return _prepare_folder(EXPORT, megatron_dir, out_dir, options, step=step, config=config)
 
 
 def prepare_reshard(
@@ -143,9 +143,14 @@ def prepare_reshard(
     **options: Any,
 ) -> Conversion:
     """Prove from headers that `reshard` can do its work, and return it ready to run."""
-    chosen = ConversionOptions(**options)
-    source = _open(Path(in_dir), Path(out_dir), chosen, is_hf=False, step=step, config=config)
-    return prepare(RESHARD, source, Path(out_dir), chosen, reshard_files)
+    return _prepare_folder(RESHARD, in_dir, out_dir, options, step=step, config=config)
+
+
+def _prepare_folder(
+    verb: Verb, folder: str | Path, out_dir: str | Path, options: Mapping[str, Any], **choice: Any
+) -> Conversion:
+    chosen, target = ConversionOptions(**options), Path(out_dir)
+    return prepare(verb, _open(verb, Path(folder), target, chosen, **choice), target, chosen)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +158,7 @@ class Conversion:
     """A conversion that is proved and not begun.
 
     Attributes:
-        direction: "hf -> megatron", "megatron -> hf" or "megatron -> megatron".
+        verb: its kind.
         source: its weights.
         target: the folder to be made.
         plan: every parameter.
@@ -164,7 +169,7 @@ class Conversion:
         started: `time.monotonic()` before the first header was read.
     """
 
-    direction: str
+    verb: Verb
     source: WeightSource
     target: Path
     plan: ConversionPlan
@@ -195,18 +200,12 @@ class Conversion:
         """Return what `run` would do; measures the rate of disk and processor for a moment."""
         total = sum(file.num_bytes for file in self.files)
         return DryRun(
-            direction=self.direction,
-            source=str(self.source.path),
-            target=str(self.target),
-            tensors=self.num_tensors,
-            weight_bytes=self.plan.target_bytes,
-            dtype=self.plan.config.torch_dtype,
+            **self._subject(self.plan.notes),
             files=tuple(FileSize(file.name, file.num_bytes) for file in self.files),
             total_bytes=total,
             free_bytes=shutil.disk_usage(existing_parent(self.target)).free,
             peak_memory_bytes=peak_memory(self.files, self.threads, self.options.max_memory),
             expected_seconds=expected_seconds(total, existing_parent(self.target)),
-            notes=self.plan.notes,
         )
 
     def run(self) -> ConversionReport:
@@ -228,9 +227,8 @@ class Conversion:
                 ) from None
 
     def _write(self, staging: Staging, is_stopped: Callable[[], bool]) -> ConversionReport:
-        with progress_bar(
-            self.direction, self.num_tensors, self._piece_bytes(), is_shown=self.options.progress
-        ) as advance:
+        total = sum(piece.num_bytes for file in self.files for piece in file.pieces)
+        with progress_bar(self.verb.direction, self.num_tensors, total, is_shown=self.options.progress) as advance:
             write_output(
                 self.files,
                 staging.output,
@@ -253,11 +251,8 @@ class Conversion:
         total = self.plan.target_bytes
         with progress_bar("verify", self.num_tensors, total, is_shown=self.options.progress) as advance:
             verify_output(output, self.plan, self.weights, threads=self.threads, advance=advance, is_stopped=is_stopped)
-        if self.direction == RESHARD:
+        if self.verb is RESHARD:
             verify_optimizer(output, self.source, self.options, threads=self.threads, is_stopped=is_stopped)
-
-    def _piece_bytes(self) -> int:
-        return sum(piece.num_bytes for file in self.files for piece in file.pieces)
 
     def _require_equal_output(self) -> None:
         embedding, output = self.plan.parameters[0].parameter, tied_output(self.source.config)
@@ -281,22 +276,28 @@ class Conversion:
         for note in notes:
             logger.info("%s: %s", self.target, note)
         return ConversionReport(
-            direction=self.direction,
-            source=str(self.source.path),
-            target=str(self.target),
-            tensors=self.num_tensors,
-            weight_bytes=self.plan.target_bytes,
-            dtype=self.plan.config.torch_dtype,
+            **self._subject(notes),
             seconds=time.monotonic() - self.started - verify_seconds,
             verify_seconds=verify_seconds,
             reused_files=reused,
             max_cast_error=self.weights.max_cast_error,
-            notes=tuple(notes),
         )
 
+    def _subject(self, notes: Sequence[str]) -> dict[str, Any]:
+        """Return the fields of `report.Subject`."""
+        return {
+            "direction": self.verb.direction,
+            "source": str(self.source.path),
+            "target": str(self.target),
+            "tensors": self.num_tensors,
+            "weight_bytes": self.plan.target_bytes,
+            "dtype": self.plan.config.torch_dtype,
+            "notes": tuple(notes),
+        }
 
-def _open(path: Path, target: Path, options: ConversionOptions, *, is_hf: bool, **choice: Any) -> Source:
-    """Open a source of the kind wanted; if it cannot be, say in the same error what is wrong with the target."""
+
+def _open(verb: Verb, path: Path, target: Path, options: ConversionOptions, **choice: Any) -> Source:
+    """Open what the verb reads; if it cannot be, say in the same error what is wrong with the target."""
     try:
         source = open_source(path, allow_pickle=options.allow_pickle, **choice)
     except QwenError as error:
@@ -304,29 +305,27 @@ def _open(path: Path, target: Path, options: ConversionOptions, *, is_hf: bool, 
         _collect(problems, lambda: check_target(target, overwrite=options.overwrite or options.resume))
         _raise(problems)
         raise
-    if isinstance(source, HfFolder) == is_hf:
+    if isinstance(source, HfFolder) == verb.reads_hf:
         return source
-    if is_hf:
+    if verb.reads_hf:
         raise MismatchError(f"{path}: a Megatron checkpoint, expected a Hugging Face folder; use export or reshard")
     raise MismatchError(f"{path}: a Hugging Face folder, expected a Megatron checkpoint; use import")
 
 
 def prepare(
-    direction: str,
+    verb: Verb,
     source: WeightSource,
     target: Path,
     options: ConversionOptions,
-    output: Callable[[WeightSource, ConversionPlan, CheckedWeights, ConversionOptions], list[OutputFile]],
     recipe: Mapping[str, Any] | None = None,
 ) -> Conversion:
     """Prove everything that can be proved without a weight; all that contradicts comes in one error.
 
     Args:
-        direction: for messages; one that ends in "hf" makes a Hugging Face folder.
+        verb: what is to be made of the source.
         source: the weights.
         target: the folder to be made.
         options: as asked for.
-        output: gives the files of the target.
         recipe: what decides the values beside the source's files, as JSON types.
     """
     started = time.monotonic()
@@ -337,16 +336,16 @@ def prepare(
         _collect(problems, lambda: check_target(target, overwrite=options.overwrite, inputs=inputs))
     plan = _collect(problems, lambda: source.plan(options.torch_dtype))
     weights = CheckedWeights(source, options.torch_dtype, allow_nonfinite=options.allow_nonfinite)
-    files = _collect(problems, lambda: output(source, plan, weights, options)) if plan is not None else None
+    files = _collect(problems, lambda: verb.files(source, plan, weights, options)) if plan is not None else None
     if plan is None or files is None:
         _raise(problems)
         raise AssertionError("no plan and no problem")
-    fingerprint = {**fingerprint_of(direction, source, target, plan, files, options), "recipe": recipe}
+    fingerprint = {**fingerprint_of(verb.direction, source, target, plan, files, options), "recipe": recipe}
     _collect(problems, lambda: check_memory(files, options.max_memory))
     _collect(problems, lambda: check_disk(target, files, fingerprint, resume=options.resume))
     _raise(problems)
     return Conversion(
-        direction=direction,
+        verb=verb,
         source=source,
         target=target,
         plan=plan,

@@ -33,12 +33,13 @@ from megatron_qwen.conversion.options import ConversionOptions
 from megatron_qwen.conversion.outputs import hf_files
 from megatron_qwen.conversion.parameters import WHOLE, Parameter, Shard, parameters, tied_output
 from megatron_qwen.conversion.plan import ConversionPlan, plan_import
-from megatron_qwen.conversion.rows import gather_rows, head_sizes
-from megatron_qwen.conversion.run import Conversion, ConversionReport, prepare
-from megatron_qwen.conversion.transforms import TRANSFORMS, pad_rows
+from megatron_qwen.conversion.report import ConversionReport
+from megatron_qwen.conversion.rows import gather_rows, read_shard
+from megatron_qwen.conversion.run import Conversion, Verb, prepare
 from megatron_qwen.errors import ConfigError
 from megatron_qwen.model.config import QwenConfig
 
+UPCYCLE = Verb("dense hf -> moe hf", True, hf_files)
 UNITS = ("parameter", "neuron")
 _CACHED_TENSORS = 3  # gate, up and down of the layer at hand
 
@@ -251,14 +252,7 @@ class UpcycledModel:
 
     def read(self, parameter: Parameter, shard: Shard = WHOLE, *, vocabulary_rows: int | None = None) -> Tensor:
         """Return the parameter as Megatron lays it out, or one tensor-parallel shard of it."""
-        family = parameter.family
-        sources = self.hf_tensors(parameter)
-        if parameter.has_vocabulary_rows and vocabulary_rows is not None:
-            sources = (pad_rows(sources[0], vocabulary_rows),)
-        if family.shard_axis is not None:
-            sources = tuple(tensor.chunk(shard.size, dim=family.shard_axis)[shard.rank] for tensor in sources)
-        sizes = head_sizes(self.config, shard if family.transform == "qkv" else WHOLE)
-        return TRANSFORMS[family.transform].hf_to_megatron(sources, sizes)
+        return read_shard(self, parameter, shard, vocabulary_rows)
 
     def side_folders(self) -> tuple[Path, ...]:
         """Return where tokenizer and generation files lie."""
@@ -370,8 +364,7 @@ def prepare_upcycle(dense_dir: str | Path, out_dir: str | Path, recipe: Upcyclin
     """
     chosen = ConversionOptions(**options)
     source = UpcycledModel(HfFolder(Path(dense_dir), allow_pickle=chosen.allow_pickle), recipe)
-    target = Path(out_dir)
-    return prepare("dense hf -> moe hf", source, target, chosen, hf_files, recipe=source.description())
+    return prepare(UPCYCLE, source, Path(out_dir), chosen, recipe=source.description())
 
 
 def upcycle_hf(dense_dir: str | Path, out_dir: str | Path, recipe: UpcyclingRecipe, **options: Any) -> ConversionReport:

@@ -216,7 +216,7 @@ def parity_error(tour: Tour, megatron: Path, exported: Path) -> float:
     import numpy as np
     import torch
 
-    from megatron_qwen.conversion.run import load_model
+    from megatron_qwen.conversion.loading import load_model
     from megatron_qwen.testing.judge import transformers_logits
 
     tour.console.rule("[bold]5. Ask transformers for a second opinion", align="left")

@@ -9,7 +9,7 @@ import torch
 from tiny_folder import MODELS, PROMPTS, complete, write_folder
 from transformers_referee import ask_transformers
 
-from megatron_qwen.conversion.run import load_model
+from megatron_qwen.conversion.loading import load_model
 from megatron_qwen.data.tokenizer import QwenTokenizer
 from megatron_qwen.errors import ConfigError
 from megatron_qwen.inference.engine import Completion, generate

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_qwen.conversion.run import load_model, read_config
+from megatron_qwen.conversion.loading import load_model, read_config
 from megatron_qwen.data.tokenizer import QwenTokenizer
 from megatron_qwen.inference.engine import Completion, generate
 from megatron_qwen.inference.sampling import SamplingParams

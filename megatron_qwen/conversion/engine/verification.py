@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from megatron_qwen.conversion.engine.numerics import CheckedWeights
 from megatron_qwen.conversion.engine.pieces import BLOCK_BYTES
@@ -50,7 +51,7 @@ def verify_output(
             advance(tensors, num_bytes)
 
     work = [
-        partial(_compare, item, index, output, weights, count, is_stopped)
+        partial(_compare, item, index, output, weights, is_stopped, count)
         for item in plan.parameters
         for index in range(len(item.parameter.hf_names))
     ]
@@ -62,22 +63,56 @@ def _compare(
     index: int,
     output: WeightSource,
     weights: CheckedWeights,
-    advance: Advance,
     is_stopped: Callable[[], bool],
+    advance: Advance,
 ) -> None:
     parameter = item.parameter
-    rows = parameter.hf_shapes[index][0]
     row_bytes = math.prod(parameter.hf_shapes[index][1:]) * max(item.source_dtype.itemsize, item.target_dtype.itemsize)
+    compare_rows(
+        parameter.hf_names[index],
+        parameter.hf_shapes[index][0],
+        row_bytes,
+        found=partial(output.hf_rows, parameter, index),
+        expected=partial(weights.hf_rows, parameter, index),
+        is_stopped=is_stopped,
+        advance=advance,
+    )
+
+
+def compare_rows(
+    name: str,
+    num_rows: int,
+    row_bytes: int,
+    *,
+    found: Callable[[int, int], Tensor],
+    expected: Callable[[int, int], Tensor],
+    is_stopped: Callable[[], bool],
+    advance: Advance = lambda tensors, num_bytes: None,
+) -> None:
+    """Compare a tensor of an output with what it has to be, some rows at a time.
+
+    Args:
+        name: for messages.
+        num_rows: of the tensor.
+        row_bytes: of one row, at most.
+        found: reads rows of the output, from the first number to the second.
+        expected: returns the same rows as they have to be.
+        is_stopped: asked before each slice.
+        advance: told (tensors, bytes) done.
+
+    Raises:
+        CorruptInputError: naming the rows that differ.
+        Interrupted: `is_stopped` said so.
+    """
     step = max(1, BLOCK_BYTES // (4 * row_bytes))
-    for begin in range(0, rows, step):
+    for begin in range(0, num_rows, step):
         if is_stopped():
             raise Interrupted("interrupted")
-        end = min(begin + step, rows)
-        found = output.hf_rows(parameter, index, begin, end).contiguous()
-        expected = weights.hf_rows(parameter, index, begin, end).contiguous()
-        if found.dtype != expected.dtype or not torch.equal(found.view(torch.uint8), expected.view(torch.uint8)):
+        end = min(begin + step, num_rows)
+        one, two = (read(begin, end).contiguous() for read in (found, expected))
+        if one.dtype != two.dtype or not torch.equal(one.view(torch.uint8), two.view(torch.uint8)):
             raise CorruptInputError(
-                f"{parameter.hf_names[index]}: rows {begin} to {end} of the output are not those of the source. The "
-                "disk or the memory of this machine returned other bytes than it was given; the output is deleted"
+                f"{name}: rows {begin} to {end} of the output are not those of the source. The disk or the memory of "
+                "this machine returned other bytes than it was given; the output is deleted"
             )
-        advance(int(end == rows), found.nbytes)
+        advance(int(end == num_rows), one.nbytes)
