@@ -53,6 +53,9 @@ def generate(
     pp: Annotated[int, typer.Option("--pp", "--pipeline-model-parallel-size", help="Pipeline parallel size.")] = 1,
     nproc: Annotated[int | None, typer.Option(help="Local ranks to start. [default: tp x pp]")] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16. [default: the folder's own]")] = None,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Open weights in pickle files, under an allow-list of plain classes.")
+    ] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print text as it comes (one prompt).")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
@@ -86,7 +89,16 @@ def generate(
         "stop": tuple(stop) if stop else None,
     }
     _run(
-        folder, texts, given, chat=chat, system=system, layout=(tp, pp), dtype=dtype, stream=stream, as_json=json_output
+        folder,
+        texts,
+        given,
+        chat=chat,
+        system=system,
+        layout=(tp, pp),
+        dtype=dtype,
+        allow_pickle=allow_pickle,
+        stream=stream,
+        as_json=json_output,
     )
 
 
@@ -151,12 +163,13 @@ def _run(
     system: str | None,
     layout: tuple[int, int],
     dtype: str | None,
+    allow_pickle: bool,
     stream: bool,
     as_json: bool,
 ) -> None:
     import torch
 
-    from megatron_qwen.conversion.run import load_model, read_config
+    from megatron_qwen.conversion.loading import load_model, read_config
     from megatron_qwen.data.tokenizer import QwenTokenizer
     from megatron_qwen.inference.engine import check_prompts
     from megatron_qwen.inference.engine import generate as complete
@@ -177,7 +190,7 @@ def _run(
     groups.initialize(parallel)
     # The local backend's attention heeds the mask of a padded batch while decoding.
     number = getattr(torch, DTYPES[dtype]) if dtype else None
-    model = load_model(folder, dtype=number, layout=parallel, backend="local")
+    model = load_model(folder, dtype=number, layout=parallel, backend="local", allow_pickle=allow_pickle)
     start = time.perf_counter()
     completions = complete(
         model,

@@ -161,6 +161,12 @@ def pretrain(
     stop_at: Annotated[
         int | None, typer.Option(help="Save and stop after this step, to go on later.", rich_help_panel=_KEEP)
     ] = None,
+    allow_pickle: Annotated[
+        bool,
+        typer.Option(
+            "--allow-pickle", help="Start from pickled weights, under an allow-list of plain classes."
+        ),
+    ] = False,
     recipe: Annotated[Path | None, typer.Option(help="YAML or JSON file with recipe fields.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any recipe field: group.field=value; may be given again.")
@@ -183,6 +189,7 @@ def pretrain(
             "resume": resume,
             "allow_changed": [part for text in allow_changed or [] for part in text.split(",")],
             "stop_at": stop_at,
+            "allow_pickle": allow_pickle,
         },
     )
 

@@ -50,6 +50,7 @@ def train(
     resume: bool = True,
     allow_changed: Iterable[str] = (),
     stop_at: int | None = None,
+    allow_pickle: bool = False,
     echo: Callable[[str], None] = lambda line: None,
 ) -> TrainSummary:
     """Run a recipe to its end, or to the next interruption. Collective: every rank calls it.
@@ -62,16 +63,18 @@ def train(
         resume: go on from the newest verified checkpoint of the run folder, if there is one.
         allow_changed: parts of the run's identity that may differ from the checkpoint's.
         stop_at: save and return after this step, as an interruption would; for jobs with a time limit.
+        allow_pickle: start from weights that are pickles (per-rank folders, pytorch_model.bin), as plain data.
         echo: receives progress lines, on rank 0.
 
     Raises:
+        UnsafeInputError: the weights to start from are pickles and `allow_pickle` is not set.
         ConfigError: the recipe cannot run here.
         InputError: model, data or checkpoint cannot be used; MismatchError if the checkpoint is of another run.
         StorageError: the run folder is in use by another run, or cannot be written.
         NumericsError: too many steps in a row with NaN or infinity.
         RankFailure: another rank died or stopped answering.
     """
-    source = resolve_source(recipe)
+    source = resolve_source(recipe, allow_pickle=allow_pickle)
     check_recipe(recipe, source.config, world_size_of_environment())
     identity = run_identity(recipe, source)
     layout = groups.initialize(recipe.parallel.layout(), seed=recipe.seed)

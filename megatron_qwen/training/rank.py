@@ -104,12 +104,13 @@ def build_rank(recipe: Recipe, source: ModelSource, layout: ParallelLayout, *, l
     from megatron_qwen.training.step import TrainStep
 
     overrides = _overrides(recipe, source.config, layout)
+    overrides["fuse_linear_cross_entropy"] = recipe.performance.fuse_linear_cross_entropy
     dtype = TORCH_DTYPES[recipe.model.dtype]
     models = build_model_chunks(source.config, layout, dtype=dtype, backend=recipe.model.backend, **overrides)
     if source.weights is not None and load_weights:
-        from megatron_qwen.conversion.run import load_weights_into
+        from megatron_qwen.conversion.loading import load_weights_into
 
-        load_weights_into(models, source.weights, source.config)
+        load_weights_into(models, source.weights, source.config, allow_pickle=source.allow_pickle)
     chunks = wrap_chunks(recipe, models)
     for chunk in chunks:
         chunk.broadcast_params()

@@ -76,6 +76,7 @@ class ModelSource:
         hf_folder: folder with config and tokenizer files to carry to the export, if the source is one.
         tokenizer: of the data and the model.
         tokenizer_path: where it was read.
+        allow_pickle: open weights that are pickles (per-rank folders, pytorch_model.bin), as plain data.
     """
 
     config: QwenConfig
@@ -83,10 +84,15 @@ class ModelSource:
     hf_folder: Path | None
     tokenizer: QwenTokenizer
     tokenizer_path: Path
+    allow_pickle: bool = False
 
 
-def resolve_source(recipe: Recipe) -> ModelSource:
+def resolve_source(recipe: Recipe, *, allow_pickle: bool = False) -> ModelSource:
     """Find configuration, weights and tokenizer of a recipe, without reading a weight.
+
+    Args:
+        recipe: what to run.
+        allow_pickle: whether the weights may be pickles; they are opened as plain data, and no code in them runs.
 
     Raises:
         ConfigError: no such preset or folder, no tokenizer, or one with more tokens than the model has rows.
@@ -105,7 +111,7 @@ def resolve_source(recipe: Recipe) -> ModelSource:
         )
     tokenizer = QwenTokenizer.load(tokenizer_path)
     if folder is not None:
-        from megatron_qwen.conversion.run import read_config
+        from megatron_qwen.conversion.loading import read_config
 
         config = read_config(folder)
     elif name in TINY_MODELS:
@@ -119,7 +125,7 @@ def resolve_source(recipe: Recipe) -> ModelSource:
             f"{tokenizer_path}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model {name!r} has "
             f"{config.vocab_size:,} embedding rows; use the model's own, or `--model tiny`, which takes its size"
         )
-    return ModelSource(config, folder, hf_folder, tokenizer, tokenizer_path)
+    return ModelSource(config, folder, hf_folder, tokenizer, tokenizer_path, allow_pickle)
 
 
 def _existing_folder(name: str) -> Path | None:

@@ -9,12 +9,22 @@ from pathlib import Path
 import pytest
 from tiny_folder import PROMPTS, write_folder
 
+from megatron_qwen.conversion import import_hf
 from megatron_qwen.data.tokenizer import QwenTokenizer
+from megatron_qwen.parallel.layout import ParallelLayout
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(tmp_path_factory.mktemp("model"), style="chat")
+
+
+@pytest.fixture(scope="module")
+def rank_files(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model as `folder`, one pickle per rank of another layout than any that loads it."""
+    target = tmp_path_factory.mktemp("ranks") / "ranks"
+    import_hf(folder, target, progress=False, ckpt_format="torch", layout=ParallelLayout(pp=2))
+    return target
 
 
 def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -43,10 +53,10 @@ def test_json_tells_what_was_written_and_where_each_setting_came_from(folder: Pa
 
 
 @pytest.mark.multirank
-def test_two_ranks_read_stdin_and_one_of_them_prints(folder: Path) -> None:
+def test_two_ranks_read_stdin_and_one_of_them_prints_the_same_from_rank_files(folder: Path, rank_files: Path) -> None:
     options = ("--max-new-tokens", "12", "--greedy", "--dtype", "fp32")
     one = run(str(folder), *options, stdin=PROMPTS[2])
-    two = run(str(folder), *options, "--tp", "2", stdin=PROMPTS[2])
+    two = run(str(rank_files), *options, "--tp", "2", "--allow-pickle", stdin=PROMPTS[2])
     assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
     assert one.stdout == two.stdout != ""
     streamed = run(str(folder), *options, "--stream", stdin=PROMPTS[2])
@@ -79,14 +89,15 @@ def test_chat_wraps_the_prompt_in_the_template(folder: Path, tmp_path: Path) -> 
         (["{model}", "--prompt", "x", "--system", "y"], 2, "add --chat"),
         (["{model}", "--prompt", "x", "--stream", "--json"], 2, "exclude each other"),
         (["{no tokenizer}", "--prompt", "x"], 3, "no tokenizer.json"),
+        (["{ranks}", "--prompt", "x"], 3, "--allow-pickle"),
     ],
 )
 def test_bad_input_is_one_line_and_an_exit_code(
-    folder: Path, tmp_path: Path, arguments: list[str], code: int, message: str
+    folder: Path, rank_files: Path, tmp_path: Path, arguments: list[str], code: int, message: str
 ) -> None:
     bare = write_folder(tmp_path / "bare")
     (bare / "tokenizer.json").unlink()
-    places = {"{model}": str(folder), "{no tokenizer}": str(bare)}
+    places = {"{model}": str(folder), "{no tokenizer}": str(bare), "{ranks}": str(rank_files)}
     result = run(*[places.get(each, each) for each in arguments])
     assert (result.returncode, result.stdout) == (code, "")
     assert message in result.stderr

@@ -12,10 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
+from megatron_qwen.cli import train as train_command
+from megatron_qwen.conversion import import_hf
 from megatron_qwen.data.tokenizer import QwenTokenizer
-from megatron_qwen.errors import ConfigError, NumericsError
+from megatron_qwen.errors import ConfigError, NumericsError, UnsafeInputError
+from megatron_qwen.parallel.layout import ParallelLayout
 from megatron_qwen.recipes.pretrain import pretrain
 from megatron_qwen.testing.ranks import run_ranks
 from megatron_qwen.testing.tiny import tiny_dense, write_tiny_hf
@@ -122,11 +127,11 @@ def test_sigterm_saves_and_exits_130(corpus, run_folder):
     assert json.loads((Path(run_folder) / "summary.json").read_text())["interrupted"]
 
 
-def train_here(recipe: Recipe) -> tuple[int, str]:
+def train_here(recipe: Recipe, *, allow_pickle: bool = False) -> tuple[int, str]:
     from megatron_qwen.training.loop import train
 
     try:
-        return train(recipe).skipped_steps, ""
+        return train(recipe, allow_pickle=allow_pickle).skipped_steps, ""
     except NumericsError as error:
         return -1, str(error)
 
@@ -160,14 +165,39 @@ def test_a_step_that_is_not_finite_is_applied_on_no_rank(corpus, tmp_path):
     assert all(each["loss"] == each["loss"] for each in steps if each["is_applied"])
 
 
-def test_a_run_that_stays_non_finite_ends_with_its_batch(corpus, tmp_path):
-    source = poisoned_folder(tmp_path / "model", None)
-    recipe = recipe_for(source, corpus, str(tmp_path / "run"), "schedule.steps=10", "optimizer.max_bad_steps=2")
-    [(skipped, message)] = run_ranks(train_here, 1, recipe, timeout=300)
+def refused_and_allowed(recipe: Recipe) -> tuple[int, str]:
+    with pytest.raises(UnsafeInputError, match="--allow-pickle"):
+        train_here(recipe)
+    return train_here(recipe, allow_pickle=True)
+
+
+def test_a_run_from_rank_files_that_stays_non_finite_ends_with_its_batch(corpus, tmp_path):
+    hf, source = poisoned_folder(tmp_path / "model", None), tmp_path / "ranks"
+    import_hf(hf, source, progress=False, allow_nonfinite=True, ckpt_format="torch", layout=ParallelLayout(tp=2))
+    recipe = recipe_for(str(source), corpus, str(tmp_path / "run"), "schedule.steps=10", "optimizer.max_bad_steps=2")
+    [(skipped, message)] = run_ranks(refused_and_allowed, 1, recipe, timeout=300)
     assert skipped == -1
     assert "step 2" in message
     assert "samples 16 to 31" in message
     assert not list((tmp_path / "run").glob("iter_*"))
+
+
+@pytest.mark.parametrize("flags", [(), ("--allow-pickle",)])
+def test_the_command_says_whether_pickles_may_be_opened(corpus, tmp_path, monkeypatch, flags):
+    import megatron_qwen.training.loop as loop
+
+    class Reached(Exception):
+        pass
+
+    def train(recipe: Recipe, *, allow_pickle: bool, **others) -> None:
+        raise Reached(allow_pickle)
+
+    monkeypatch.setattr(loop, "train", train)
+    app = typer.Typer()
+    train_command.register(app)
+    result = CliRunner().invoke(app, ["train", "pretrain", *options(corpus, str(tmp_path / "run"), *flags)])
+    assert isinstance(result.exception, Reached), result.output
+    assert result.exception.args == (bool(flags),)
 
 
 def test_model_and_data_that_are_not_there(corpus, tmp_path):
