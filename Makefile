@@ -20,7 +20,7 @@ endif
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.megatron-qwen-installed
-CXX_SOURCES := $(shell find csrc -name '*.cu' -o -name '*.cpp' -o -name '*.h')
+CXX_SOURCES := $(shell find csrc -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h')
 # Read by the shell, after the environment exists.
 PINS = -c requirements/$$($(BIN)/python -c 'import sys; print("py%d%d.txt" % sys.version_info[:2])')
 # One thread per process: ranks and pytest workers are the parallelism here.

@@ -1,15 +1,13 @@
-#include <cuda_runtime.h>
-
 #include <algorithm>
-#include <sstream>
-#include <stdexcept>
-#include <string>
 
+#include "launch.cuh"
+#include "megatron_qwen/check.h"
 #include "megatron_qwen/copy_bandwidth.h"
 
 namespace megatron_qwen {
 namespace {
 
+constexpr const char* kOp = "copy_bandwidth";
 constexpr int kThreads = 256;
 // Loads in flight per thread. With 2048 resident threads per SM this keeps 128 KiB per SM on the way, more than
 // HBM latency times bandwidth asks for (3.35 TB/s x 0.7 us / 132 SMs = 18 KiB).
@@ -37,34 +35,8 @@ __global__ __launch_bounds__(kThreads) void copy_bandwidth_kernel(uint4* __restr
   if (thread < num_tail) {
     const auto* source_tail = reinterpret_cast<const unsigned char*>(source + num_vectors);
     auto* destination_tail = reinterpret_cast<unsigned char*>(destination + num_vectors);
-    destination_tail[thread] = source_tail[thread];
+    __stcs(destination_tail + thread, __ldcs(source_tail + thread));
   }
-}
-
-void check_cuda(cudaError_t status, const char* what) {
-  if (status == cudaSuccess) return;
-  std::ostringstream message;
-  message << "copy_bandwidth: " << what << ": " << cudaGetErrorName(status) << ": " << cudaGetErrorString(status);
-  throw std::runtime_error(message.str());
-}
-
-// A host address would fault inside the kernel and poison the context for the rest of the process.
-void check_on_device(const char* name, const void* pointer) {
-  cudaPointerAttributes attributes{};
-  check_cuda(cudaPointerGetAttributes(&attributes, pointer), "cannot look up a pointer");
-  if (attributes.type == cudaMemoryTypeDevice || attributes.type == cudaMemoryTypeManaged) return;
-  std::ostringstream message;
-  message << "copy_bandwidth: " << name << " = " << pointer << " is host memory; expected device memory";
-  throw std::invalid_argument(message.str());
-}
-
-std::int64_t blocks_that_fill_the_device() {
-  int device = 0;
-  int num_multiprocessors = 0;
-  check_cuda(cudaGetDevice(&device), "no current device");
-  check_cuda(cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device),
-             "cannot read the number of multiprocessors");
-  return std::int64_t{num_multiprocessors} * kBlocksPerMultiprocessor;
 }
 
 }  // namespace
@@ -72,17 +44,16 @@ std::int64_t blocks_that_fill_the_device() {
 void copy_bandwidth(const CopyBandwidthParams& params) {
   check(params);
   if (params.num_bytes == 0) return;
-  check_on_device("destination", params.destination);
-  check_on_device("source", params.source);
+  require_on_device(kOp, "destination", params.destination);
+  require_on_device(kOp, "source", params.source);
 
-  const std::int64_t num_vectors = params.num_bytes / kCopyAlignment;
-  const int num_tail = static_cast<int>(params.num_bytes % kCopyAlignment);
-  const std::int64_t needed = std::max<std::int64_t>(1, (num_vectors + kThreads - 1) / kThreads);
-  const std::int64_t wanted = params.num_blocks > 0 ? params.num_blocks : blocks_that_fill_the_device();
-  const auto num_blocks = static_cast<unsigned int>(std::min(wanted, needed));
-  copy_bandwidth_kernel<<<num_blocks, kThreads, 0, static_cast<cudaStream_t>(params.stream)>>>(
-      static_cast<uint4*>(params.destination), static_cast<const uint4*>(params.source), num_vectors, num_tail);
-  check_cuda(cudaGetLastError(), "launch failed");
+  const std::int64_t num_vectors = params.num_bytes / kVectorBytes;
+  const int num_tail = static_cast<int>(params.num_bytes % kVectorBytes);
+  const std::int64_t needed = std::max<std::int64_t>(1, ceil_divide(num_vectors, kThreads));
+  const std::int64_t wanted =
+      params.num_blocks > 0 ? params.num_blocks : std::int64_t{num_multiprocessors(kOp)} * kBlocksPerMultiprocessor;
+  launch(kOp, copy_bandwidth_kernel, std::min(wanted, needed), kThreads, params.stream,
+         static_cast<uint4*>(params.destination), static_cast<const uint4*>(params.source), num_vectors, num_tail);
 }
 
 }  // namespace megatron_qwen

@@ -13,8 +13,6 @@ struct CopyBandwidthParams {
   void* stream;             // cudaStream_t; nullptr is the legacy default stream
 };
 
-constexpr std::int64_t kCopyAlignment = 16;
-
 // Throws std::invalid_argument naming the offending value. Needs no device.
 void check(const CopyBandwidthParams& params);
 

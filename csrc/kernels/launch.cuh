@@ -1,0 +1,34 @@
+// Launching and its errors, in one place. Kernels start by cudaLaunchKernelEx, never by <<<>>>: that is plain C++,
+// which csrc/tests/emulation compiles without nvcc.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "megatron_qwen/dtype.h"
+
+namespace megatron_qwen {
+
+// Throws std::runtime_error "op: what: cudaErrorName: description" unless the call succeeded.
+void check_cuda(const char* op, const char* what, cudaError_t status);
+
+// Throws std::invalid_argument for host memory: it would fault inside the kernel and poison the context for the rest
+// of the process.
+void require_on_device(const char* op, const char* name, const void* pointer);
+
+// Of the current device.
+int num_multiprocessors(const char* op);
+
+// Enqueues `kernel` on `stream` (a cudaStream_t). `blocks` is at most kMaxBlocks; the caller's check() saw to that.
+template <typename... Parameters, typename... Arguments>
+void launch(const char* op, void (*kernel)(Parameters...), std::int64_t blocks, int threads, void* stream,
+            const Arguments&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned int>(blocks));
+  config.blockDim = dim3(static_cast<unsigned int>(threads));
+  config.stream = static_cast<cudaStream_t>(stream);
+  check_cuda(op, "launch failed", cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+}
+
+}  // namespace megatron_qwen

@@ -1,0 +1,114 @@
+#include <algorithm>
+
+#include "dtype.cuh"
+#include "launch.cuh"
+#include "megatron_qwen/check.h"
+#include "megatron_qwen/column_sum.h"
+#include "megatron_qwen/rms_norm.h"
+#include "rms_norm_backward.cuh"
+#include "rms_norm_forward.cuh"
+
+namespace megatron_qwen {
+namespace {
+
+constexpr const char* kForward = "rms_norm_forward";
+constexpr const char* kBackward = "rms_norm_backward";
+
+// Thread blocks of `kernel` that the current device holds at once.
+template <typename Kernel>
+std::int64_t resident_blocks(const char* op, Kernel* kernel, int threads) {
+  int per_multiprocessor = 0;
+  check_cuda(op, "cannot read the occupancy",
+             cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, threads, 0));
+  return std::int64_t{num_multiprocessors(op)} * per_multiprocessor;
+}
+
+// Threads of a block that hold `held` elements of a row each; the last warp may be partly idle.
+inline int threads_that_hold(std::int64_t hidden, int held) {
+  return static_cast<int>(ceil_divide(ceil_divide(hidden, held), kWarp)) * kWarp;
+}
+
+// 16 bytes at a time: every row, and the weight, starts at a multiple of that.
+bool rows_are_aligned(const RMSNormForwardParams& params) {
+  const std::int64_t width = kVectorBytes / size_of(params.dtype);
+  return params.hidden % width == 0 && params.x_stride % width == 0 && params.residual_stride % width == 0 &&
+         is_multiple(params.x, kVectorBytes) && is_multiple(params.residual, kVectorBytes) &&
+         is_multiple(params.weight, kVectorBytes) && is_multiple(params.y, kVectorBytes) &&
+         is_multiple(params.sum, kVectorBytes);
+}
+
+template <typename T, bool kAdds>
+void launch_for(const RMSNormForwardParams& params) {
+  const auto kernel =
+      rows_are_aligned(params) ? rms_norm_forward_kernel<T, kAdds> : rms_norm_forward_scalar_kernel<T, kAdds>;
+  const int threads = threads_that_hold(params.hidden, kHeldForward);
+  // Every block goes on with the next rows, so that all are resident from start to end.
+  const std::int64_t blocks = std::min(params.rows, resident_blocks(kForward, kernel, threads));
+  launch(kForward, kernel, blocks, threads, params.stream, params);
+}
+
+bool rows_are_aligned(const RMSNormBackwardParams& params) {
+  const std::int64_t width = kVectorBytes / size_of(params.dtype);
+  return params.hidden % width == 0 && params.x_stride % width == 0 && is_multiple(params.grad, kVectorBytes) &&
+         is_multiple(params.grad_sum, kVectorBytes) && is_multiple(params.x, kVectorBytes) &&
+         is_multiple(params.weight, kVectorBytes) && is_multiple(params.grad_x, kVectorBytes);
+}
+
+using BackwardKernel = void (*)(const RMSNormBackwardParams);
+
+struct Backward {
+  BackwardKernel kernel;
+  int threads;
+};
+
+template <typename T, bool kAdds>
+Backward choose_of(const RMSNormBackwardParams& params) {
+  const int threads = threads_that_hold(params.hidden, kHeldBackward);
+  if (rows_are_aligned(params)) {
+    if (threads <= kBackwardThreads) return {rms_norm_backward_kernel<T, kHeldBackward, kAdds>, threads};
+    // Of fp32 the registers cannot hold a long row.
+    if constexpr (sizeof(T) == 2) {
+      return {rms_norm_backward_kernel<T, kHeldOfLong, kAdds>, threads_that_hold(params.hidden, kHeldOfLong)};
+    }
+  }
+  return {rms_norm_backward_scalar_kernel<T, kAdds>, threads};
+}
+
+// The first kernel of these params, and the threads of its blocks.
+Backward choose(const RMSNormBackwardParams& params) {
+  Backward choice{};
+  dispatch(params.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    choice = params.grad_sum != nullptr ? choose_of<T, true>(params) : choose_of<T, false>(params);
+  });
+  return choice;
+}
+
+}  // namespace
+
+void rms_norm_forward(const RMSNormForwardParams& params) {
+  check(params);
+  if (params.rows == 0) return;
+  dispatch(params.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if (params.residual != nullptr) return launch_for<T, true>(params);
+    launch_for<T, false>(params);
+  });
+}
+
+std::int64_t rms_norm_backward_programs(const RMSNormBackwardParams& params) {
+  check_operands(params);
+  const Backward choice = choose(params);
+  return std::min(params.rows, resident_blocks(kBackward, choice.kernel, choice.threads));
+}
+
+void rms_norm_backward(const RMSNormBackwardParams& params) {
+  check(params);
+  if (params.rows == 0) return;
+  const Backward choice = choose(params);
+  launch(kBackward, choice.kernel, params.num_programs, choice.threads, params.stream, params);
+  column_sum(
+      {params.partial, params.grad_weight, params.num_programs, params.hidden, params.weight_dtype, params.stream});
+}
+
+}  // namespace megatron_qwen
