@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +19,15 @@ from megatron_qwen.conversion.formats.legacy.source import LegacyFolder
 from megatron_qwen.conversion.interfaces import WeightSource
 from megatron_qwen.errors import IncompleteInputError, UnsafeInputError
 
-# Field of config.json: the argument, and how the one follows from the other.
-_FIELDS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
-    "rms_norm_eps": ("norm_epsilon", float),
-    "rope_theta": ("rotary_base", float),
-    "norm_topk_prob": ("moe_router_pre_softmax", lambda value: not value),
-    "num_experts_per_tok": ("moe_router_topk", int),
-}
+# Field of config.json, the argument, and how the one follows from the other. Older releases save norm_epsilon, newer
+# ones layernorm_epsilon, and our own checkpoints hold both.
+_FIELDS: Sequence[tuple[str, str, Callable[[Any], Any]]] = (
+    ("rms_norm_eps", "norm_epsilon", float),
+    ("rms_norm_eps", "layernorm_epsilon", float),
+    ("rope_theta", "rotary_base", float),
+    ("norm_topk_prob", "moe_router_pre_softmax", lambda value: not value),
+    ("num_experts_per_tok", "moe_router_topk", int),
+)
 _MOE_FIELDS = ("norm_topk_prob", "num_experts_per_tok")
 
 
@@ -43,22 +45,23 @@ class Contradiction:
 
 
 def contradictions(source: WeightSource) -> list[Contradiction]:
-    """Return where the arguments in a checkpoint contradict its config.json; none without arguments.
+    """Return where the arguments in a checkpoint contradict its config.json, once per field; none without arguments.
 
     Raises:
         CorruptInputError: the file that holds them is damaged.
     """
     arguments = stored_arguments(source)
-    found = []
-    for field, (name, convert) in _FIELDS.items():
+    found: dict[str, Contradiction] = {}
+    for field, name, convert in _FIELDS:
         value, configured = getattr(arguments, name, None), getattr(source.config, field)
         if value is None or (field in _MOE_FIELDS and not source.config.is_moe) or not isinstance(value, (int, float)):
             continue
         # Megatron-LM takes whole rotary bases only, and config.json may hold an epsilon that went through fp32.
         expected = int(configured) if name == "rotary_base" else configured
         if not math.isclose(convert(value), expected, rel_tol=1e-6):
-            found.append(Contradiction(field=field, argument=name, configured=configured, stored=convert(value)))
-    return found
+            item = Contradiction(field=field, argument=name, configured=configured, stored=convert(value))
+            found.setdefault(field, item)
+    return list(found.values())
 
 
 def stored_arguments(source: WeightSource) -> argparse.Namespace | None:
