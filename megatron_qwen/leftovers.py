@@ -17,7 +17,12 @@ from megatron_qwen.strict_json import read_strict_json
 
 _JOURNAL = "progress.json"
 _MAX_JOURNAL_BYTES = 64 * 2**20
-_VERBS = {"hf -> megatron": "import", "megatron -> hf": "export", "megatron -> megatron": "reshard"}
+_VERBS = {
+    "hf -> megatron": "import",
+    "megatron -> hf": "export",
+    "megatron -> megatron": "reshard",
+    "dense hf -> moe hf": "upcycle",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,5 +97,6 @@ def _advice(path: Path) -> str:
 def _resume_command(fingerprint: Mapping[str, Any], target: Path) -> str:
     """Return how to go on with a conversion; what it was given besides is in the words of its options."""
     words = ["megatron-qwen", "convert", _VERBS[fingerprint["direction"]], fingerprint["source"], str(target)]
-    given = [f"{name}={value}" for name, value in fingerprint["options"].items()]
+    options = {**(fingerprint["recipe"] or {}), **fingerprint["options"]}
+    given = [f"{name}={value}" for name, value in options.items()]
     return f"{shlex.join([*words, '--resume'])} (with its other options again: {', '.join(given)})"

@@ -112,7 +112,7 @@ def test_a_conversion_killed_at_any_point_resumes_to_the_same_bytes(
         before = stamps(left / OUTPUT_NAME if (left / OUTPUT_NAME).exists() else target, finished)
         report = convert(verb, root, target, resume=True)
         assert tree(target) == expected, armed
-        assert stale_staging(target.parent) == [] or journal is None, armed
+        assert stale_staging(target.parent) == [], armed
         assert stamps(target, finished) == before, armed
         assert report.reused_files == len(finished), armed
         reused_somewhere += 0 < len(finished) < len(expected) - 1
@@ -168,13 +168,17 @@ def test_a_finished_file_whose_hash_does_not_fit_is_written_again(root: Path, tm
 def test_the_newest_fitting_folder_is_resumed_and_the_others_are_listed(root: Path, tmp_path: Path, caplog) -> None:
     older, newer = (interrupted(root, tmp_path / "out") for _ in range(2))
     os.utime(older, ns=(1, 1))
-    (tmp_path / "out.incomplete-garbage").mkdir()
+    strange = [tmp_path / f"out.incomplete-{name}" for name in ("garbage", "begun", "lost")]
+    strange[0].mkdir()
+    (strange[1] / OUTPUT_NAME).mkdir(parents=True)
+    (strange[2] / OUTPUT_NAME / "release").mkdir(parents=True)
     convert("export", root, tmp_path / "out", resume=True)
     assert tree(tmp_path / "out") == tree(root / "expected" / "export")
     assert f"resuming {newer.name}" in caplog.text
     assert f"{older.name} (older)" in caplog.text
     assert "out.incomplete-garbage (no journal)" in caplog.text
-    assert set(stale_staging(tmp_path)) == {older, tmp_path / "out.incomplete-garbage"}
+    assert "out.incomplete-begun (killed before it began; deleted)" in caplog.text
+    assert set(stale_staging(tmp_path)) == {older, strange[0], strange[2]}
 
 
 @pytest.mark.multirank

@@ -121,7 +121,8 @@ def staged(target: Path, fingerprint: Fingerprint, *, resume: bool = False) -> I
     Args:
         target: the folder to be made.
         fingerprint: of the conversion.
-        resume: go on with the newest folder that a killed conversion of this fingerprint left; logs what it does.
+        resume: go on with the newest folder that a killed conversion of this fingerprint left, and delete those of
+            conversions that were killed before they had a journal; logs what it does.
 
     Raises:
         StorageError: the folder cannot be made.
@@ -226,7 +227,11 @@ def _find(target: Path, fingerprint: Fingerprint) -> tuple[Staging, int] | None:
     found: tuple[Staging, int] | None = None
     for path in _candidates(target):
         journal = Journal.load(path / JOURNAL_NAME)
-        if journal is None or not (path / OUTPUT_NAME).is_dir():
+        if journal is None and _is_barely_begun(path):
+            others.append(
+                f"{path.name} (killed before it began; deleted)" if _delete(path) else f"{path.name} (in use)"
+            )
+        elif journal is None or not (path / OUTPUT_NAME).is_dir():
             others.append(f"{path.name} (no journal)")
         elif journal.fingerprint != fingerprint:
             keys = sorted(journal.fingerprint.keys() | fingerprint.keys())
@@ -250,6 +255,24 @@ def _find(target: Path, fingerprint: Fingerprint) -> tuple[Staging, int] | None:
             listed,
         )
     return found
+
+
+def _is_barely_begun(path: Path) -> bool:
+    """Whether a folder holds what a conversion makes before its journal, and nothing else: there is nothing to lose."""
+    names = {entry.name for entry in path.iterdir()}
+    drafts = {name for name in names if name.startswith(f"{JOURNAL_NAME}{STAGING_MARK}")}
+    output = path / OUTPUT_NAME
+    return names - drafts == {OUTPUT_NAME} and output.is_dir() and not any(output.iterdir())
+
+
+def _delete(path: Path) -> bool:
+    """Delete a folder unless a process holds it: a conversion locks its folder before it puts anything in it."""
+    lock = _lock(path)
+    if lock is None:
+        return False
+    discard(path)
+    os.close(lock)
+    return True
 
 
 def _lock(path: Path) -> int | None:
