@@ -27,7 +27,7 @@ _ACCUMULATION = "gradient accumulation"
 _COMMUNICATION = "communication"
 _NODE = "autograd::engine::evaluate_function: "
 _COLLECTIVES = ("c10d::", "gloo:", "nccl:")
-# Our operations tell what they are wherever they are called from.
+# Our operations tell what they are wherever they are called from; beginnings of their names.
 _OPERATIONS = {
     "megatron_qwen::qkv_rope": "rope, QKV split",
     "megatron_qwen::rope": "rope, QKV split",
@@ -35,6 +35,9 @@ _OPERATIONS = {
     "megatron_qwen::add_rms_norm": "norm",
     "megatron_qwen::swiglu": "swiglu",
     "megatron_qwen::linear_cross_entropy": "output GEMM + loss",
+    "megatron_qwen::moe_routing": "router",
+    "megatron_qwen::moe_permute": "dispatch",
+    "megatron_qwen::moe_unpermute": "dispatch",
 }
 
 
@@ -179,7 +182,8 @@ def _label(event: Event, above: tuple[str, str], made: Mapping[tuple[int, int], 
         return made.get((event.forward_thread, event.sequence), kind), BACKWARD
     if name.startswith(_COLLECTIVES):
         return _COMMUNICATION, phase
-    return _OPERATIONS.get(name, kind), phase
+    ours = next((kind for start, kind in _OPERATIONS.items() if name.startswith(start)), kind)
+    return ours, phase
 
 
 def _seconds_below(ordered: Sequence[Event]) -> list[float]:

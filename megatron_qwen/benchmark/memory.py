@@ -32,7 +32,7 @@ class Demand:
     Attributes:
         states: weights, gradients, master weights, moments: exact.
         activations: what forward keeps for backward, roughly.
-        logits: of all tokens, with what the loss makes of them, roughly.
+        logits: of all tokens, with what the loss and its backward make of them, roughly.
     """
 
     states: float
@@ -65,8 +65,8 @@ def demand(config: QwenConfig, *, dtype: str, tokens: int, contestant: str = "me
     return Demand(
         states=float(count_parameters(config).total * _STATE_BYTES[contestant, dtype]),
         activations=float(config.num_hidden_layers * tokens * per_layer),
-        # The logits and their gradient, and exp(logits) in fp32 beside a copy of them.
-        logits=float(tokens * config.vocab_size * (2 * size + 8)),
+        # The logits and their gradient, exp(logits) in fp32 beside a copy of them, and a gradient of the embedding.
+        logits=float(tokens * config.vocab_size * (2 * size + 8) + config.vocab_size * hidden * size),
     )
 
 
@@ -160,4 +160,4 @@ def free_memory() -> tuple[float, str]:
 
 
 def _gb(count: float) -> str:
-    return f"{count / 1e9:.1f} GB"
+    return f"{count / 1e9:,.1f} GB"

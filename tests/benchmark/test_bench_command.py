@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,10 +36,31 @@ def test_our_training_step_computes_what_transformers_computes_and_both_are_time
     assert theirs["ratio"] == pytest.approx(ours["seconds"]["median"] / theirs["seconds"]["median"])
     assert ours["amount_per_second"] * ours["seconds"]["median"] == pytest.approx(99)
     assert 0 < ours["utilisation"] < gemm["utilisation"] <= 1
+    assert report["ceiling"].startswith("GEMM measured in this run")
     assert "megatron-core" in ours["versions"]
     assert "transformers" in theirs["versions"]
     assert "transformers" not in ours["versions"]
-    assert {path.name for path in tmp_path.iterdir()} == {"train.json", "train.csv", "train.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("train.json", "train.csv", "train.png"), *("train-breakdown.csv", "train-breakdown.png")
+    }  # fmt: skip
+    check_breakdown(report["breakdown"], ours["flops_per_second"] * ours["seconds"]["median"], is_moe="moe" in model)
+
+
+def check_breakdown(breakdown: dict[str, Any], flops: float, *, is_moe: bool) -> None:
+    parts = {part["kind"]: part for part in breakdown["parts"]}
+    mlp = {"router", "experts", "shared expert", "dispatch"} if is_moe else {"fc1 GEMM", "fc2 GEMM", "swiglu"}
+    twice = {"embedding", "norm", "qkv GEMM", "rope, QKV split", "attention", "proj GEMM", *mlp}
+    assert twice <= set(parts)
+    for kind in twice:
+        assert min(parts[kind]["forward"], parts[kind]["backward"]) > 0, kind
+    for kind in ("zero gradients", "gradient reduction", "gradient clipping", "optimizer"):
+        assert parts[kind]["update"] > 0, kind
+        assert parts[kind]["forward"] == parts[kind]["backward"] == 0, kind
+    total = sum(part[phase] for part in parts.values() for phase in ("forward", "backward", "update"))
+    assert total == pytest.approx(breakdown["seconds"], rel=1e-6)
+    # Of a model this small most is Python; at hidden 512 it is half a percent.
+    assert sum(parts["unattributed"][phase] for phase in ("forward", "backward", "update")) < 0.25 * total
+    assert sum(part["flops"] for part in parts.values()) == pytest.approx(flops)
 
 
 def test_data_prepare_is_timed_against_the_bare_tokenizer(tmp_path: Path) -> None:
@@ -64,6 +86,7 @@ def test_data_prepare_is_timed_against_the_bare_tokenizer(tmp_path: Path) -> Non
         (["--model", "tiny", "--seq-length", "8", "--vs", "nobody"], "--vs 'nobody'"),
         (["--dtype", "fp8"], "--dtype: got 'fp8'"),
         (["--threads", "0"], "--threads: got 0"),
+        (["--model", "72B", "--seq-length", "8"], "72,706,203,648 parameters in fp32 need about 1,"),
         (["--model", "tiny", "--seq-length", "8", "--steps", "0"], "at least 1"),
     ],
 )
