@@ -12,12 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_qwen.conversion import export_hf, import_hf
+from megatron_qwen.conversion import export_hf, import_hf, reshard, verify
 from megatron_qwen.conversion.formats.legacy.layout import RANK_FILE
 from megatron_qwen.conversion.formats.legacy.source import LegacyFolder
 from megatron_qwen.conversion.loading import open_source
 from megatron_qwen.conversion.parameters import parameters
 from megatron_qwen.errors import (
+    ConfigError,
     CorruptInputError,
     IncompleteInputError,
     MismatchError,
@@ -292,9 +293,25 @@ def test_config_of_another_model(folder):
     assert "layers.*" in text
 
 
-def test_layers_of_two_dtypes_are_refused(folder):
+def test_layers_of_two_dtypes_go_where_they_are_not_stacked(folder, tmp_path):
     path = folder("dense")
     name = "decoder.layers.0.self_attention.linear_proj.weight"
     for rank in ("mp_rank_00_000", "mp_rank_01_000"):
         change(path, rank, lambda content: content["model"].update({name: content["model"][name].bfloat16()}))
-    refuse(path, MismatchError, "bfloat16", "float32")
+    words = rf"{name} is torch.bfloat16.*layers\.1.*is torch.float32.*give --dtype"
+    with pytest.raises(ConfigError, match=words):
+        reshard(path, tmp_path / "dist", allow_pickle=True, progress=False)
+    assert not (tmp_path / "dist").exists()
+    reshard(path, tmp_path / "dist", allow_pickle=True, progress=False, dtype="float32")
+    reshard(path, tmp_path / "ranks", allow_pickle=True, progress=False, ckpt_format="torch")
+    assert verify(path, tmp_path / "ranks", allow_pickle=True).is_equal
+    report = export_hf(path, tmp_path / "hf", allow_pickle=True, progress=False)
+    assert "dtypes are mixed: mostly float32, 1 parameters differ" in report.notes
+
+
+def test_experts_of_two_dtypes_are_refused(folder):
+    path = folder("moe")
+    name = "decoder.layers.2.mlp.experts.local_experts.1.linear_fc2.weight"
+    for rank in ("mp_rank_00_001", "mp_rank_01_001"):
+        change(path, rank, lambda content: content["model"].update({name: content["model"][name].bfloat16()}))
+    refuse(path, MismatchError, "local_experts.5.linear_fc2.weight is torch.bfloat16", "experts of a layer")

@@ -34,7 +34,7 @@ class MegatronStep:
     Attributes:
         path: the step's folder.
         config: the model.
-        stored: header of every weight tensor under its key in a torch_dist checkpoint.
+        stored: header of every weight tensor under its key in a torch_dist checkpoint, layers stacked or one by one.
         stamps: of the files that are read.
     """
 

@@ -30,7 +30,7 @@ from megatron_qwen.conversion.formats.legacy.files import (
 from megatron_qwen.conversion.formats.legacy.layout import RANK_FILE, RankFile, rank_files
 from megatron_qwen.conversion.formats.megatron_folder import MegatronStep, find_step_folder
 from megatron_qwen.conversion.formats.megatron_lm_args import find_config
-from megatron_qwen.conversion.parameters import WHOLE, Parameter, Shard, is_homogeneous, stored_place
+from megatron_qwen.conversion.parameters import WHOLE, Parameter, Shard, stored_place
 from megatron_qwen.conversion.plan import StoredTensor
 from megatron_qwen.conversion.rows import read_shard
 from megatron_qwen.conversion.transforms import TRANSFORMS, unpad_rows
@@ -51,7 +51,7 @@ class LegacyFolder(MegatronStep):
         layout: the parallel layout in which it was saved.
         rank_files: what the files of that layout hold, those that are missing included.
         contents: what the rank files hold, by folder name; tensors are on device "meta".
-        stored: header of every weight tensor, under the key that a torch_dist checkpoint would give it.
+        stored: header of every weight tensor, under the key of a torch_dist checkpoint that names layers one by one.
     """
 
     def __init__(
@@ -150,10 +150,9 @@ class LegacyFolder(MegatronStep):
             logger.info("%s: %s missing; other files hold all of their tensors", self.path, ", ".join(absent))
 
     def _headers(self) -> Iterator[tuple[str, StoredTensor]]:
-        stacked = is_homogeneous(self.config)
         dtypes: dict[str, tuple[torch.dtype, str]] = {}
         for parameter, shards in self._copies.items():
-            place = stored_place(parameter, self.config, stacked=stacked)
+            place = stored_place(parameter, self.config, stacked=False)
             shape, dtype = parameter.shape, shards[0][0].dtype
             if parameter.has_vocabulary_rows:
                 shape = (len(shards) * shards[0][0].shape[0], *shape[1:])
@@ -161,7 +160,7 @@ class LegacyFolder(MegatronStep):
             if first != dtype:
                 raise MismatchError(
                     f"{self.path}: {name} is {first}, {parameter.megatron_name} is {dtype}; expected one dtype in all "
-                    "layers"
+                    "experts of a layer"
                 )
             yield place.key, StoredTensor(shape=(*place.leading, *shape), dtype=dtype)
 

@@ -21,6 +21,7 @@ import torch
 
 from megatron_qwen.conversion.engine.pieces import BLOCK_BYTES, TensorRows, row_pieces
 from megatron_qwen.conversion.interfaces import OutputFile, Piece, bytes_file, pwrite_all
+from megatron_qwen.errors import ConfigError
 
 METADATA_JSON = {
     "sharded_backend": "torch_dist",
@@ -66,12 +67,16 @@ def torch_dist_output(
     """Return the files of a checkpoint that stock `dist_checkpointing` loads.
 
     Args:
-        chunks: cover each global tensor exactly; a tensor's chunks agree in global shape and dtype.
+        chunks: cover each global tensor exactly; a tensor's chunks agree in global shape.
         objects: what `torch.save` made of each object that is no tensor, by key.
         common: what is not sharded; plain data.
         folder: of the step, with a trailing slash.
         block: bytes that a piece may hold at once.
+
+    Raises:
+        ConfigError: chunks of one tensor differ in dtype.
     """
+    _check_dtypes(chunks)
     groups = _distribute(chunks)
     storage: dict[tuple[str, tuple[int, ...] | None], tuple[str, int, int]] = {}
     files = []
@@ -86,6 +91,17 @@ def torch_dist_output(
         bytes_file(folder + "common.pt", stream.getvalue()),
         bytes_file(folder + "metadata.json", json.dumps(METADATA_JSON).encode()),
     ]
+
+
+def _check_dtypes(chunks: Sequence[ChunkRows]) -> None:
+    first: dict[str, TensorRows] = {}
+    for chunk in chunks:
+        rows = first.setdefault(chunk.key, chunk.rows)
+        if rows.dtype != chunk.rows.dtype:
+            raise ConfigError(
+                f"{rows.label} is {rows.dtype}, {chunk.rows.label} is {chunk.rows.dtype}, and a torch_dist checkpoint "
+                f"keeps both in one tensor, {chunk.key}; give --dtype"
+            )
 
 
 def _distribute(chunks: Sequence[ChunkRows]) -> list[list[ChunkRows]]:
