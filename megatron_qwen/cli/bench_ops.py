@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +18,7 @@ from megatron_qwen.errors import ConfigError, NumericsError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
     from rich.console import Console
 
     from megatron_qwen.benchmark.ops.result import OpReport
@@ -45,6 +47,7 @@ def ops(
     threshold: Annotated[str, typer.Option(help="How much slower ours may be than in --compare.")] = "5%",
     results: Annotated[Path | None, typer.Option(help="Take this ops.json for the run: nothing is measured.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Measured rounds. [default: 50 on CUDA, 10 on a CPU]")] = None,
+    time_limit: Annotated[float, typer.Option(help="Seconds after which no other shape is begun; 0 for none.")] = 0.0,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. [default: cuda where there is one]")] = None,
     interpreter: Annotated[
         bool, typer.Option("--interpreter", help="Triton kernels on a CPU, line by line: checks only.")
@@ -69,7 +72,10 @@ def ops(
         if interpreter:
             # Triton decides this when it is imported.
             os.environ["TRITON_INTERPRET"] = "1"
-        bench = _bench(family, op, model, seq_length, dtype, backend, vs, check, sanitize, rounds, device, interpreter)
+        bench = _bench(family, op, model, seq_length, dtype, backend, vs, rounds, _device(device, interpreter))
+        bench = replace(bench, check=check or interpreter, sanitize=sanitize, time_limit=time_limit)
+        if backend:
+            bench.require_ours()
         report = _run(bench, out)
     _show(report, json_output)
     status = NumericsError.exit_code if report.problems() else 0
@@ -90,45 +96,46 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
         raise ConfigError(f"{option} {text!r}: expected whole numbers, with commas between them") from error
 
 
-def _bench(
-    family: str, op: str, model: str, seq_length: str, dtype: str, backend: str, vs: str,
-    check: bool, sanitize: bool, rounds: int | None, device: str | None, interpreter: bool,
-) -> OpsBench:  # fmt: skip
-    from megatron_qwen.benchmark.ops.contestants import PEERS, default_backends
-    from megatron_qwen.benchmark.ops.registry import choose_cases
-    from megatron_qwen.benchmark.ops.run import MODELS, ROUNDS, OpsBench, device_of
-
-    if interpreter and device == "cuda":
-        raise ConfigError("--interpreter runs on the CPU; leave out --device cuda")
-    if rounds is not None and rounds < 1:
-        raise ConfigError(f"--rounds: got {rounds}, expected at least 1")
-    chosen = device_of("cpu" if interpreter else device)
-    if interpreter:
-        _prepare_interpreter()
-    # Under the interpreter there is nobody to be compared with, and a whole row of a model would take minutes.
-    peers = () if interpreter else PEERS
-    return OpsBench(
-        cases=choose_cases(_words(family), _words(op)),
-        device=chosen,
-        models=_words(model) or (() if interpreter else MODELS[chosen.type]),
-        seq_lengths=_numbers("--seq-length", seq_length),
-        dtypes=_words(dtype) or (("bf16",) if chosen.type == "cuda" else ("fp32",)),
-        backends=_words(backend) or default_backends(chosen, interpreted=interpreter),
-        versus=() if vs.strip() == "none" else _words(vs) or peers,
-        rounds=0 if interpreter else rounds or ROUNDS[chosen.type],
-        check=check or interpreter,
-        sanitize=sanitize,
-    )
-
-
-def _prepare_interpreter() -> None:
+def _device(name: str | None, interpreter: bool) -> torch.device:
     import importlib.util
 
+    from megatron_qwen.benchmark.ops.run import device_of
+
+    if not interpreter:
+        return device_of(name)
+    if name == "cuda":
+        raise ConfigError("--interpreter runs on the CPU; leave out --device cuda")
     if importlib.util.find_spec("triton") is None:
         raise ConfigError("--interpreter: Triton is not installed (pip install triton)")
     from megatron_qwen.testing.interpreter import round_as_a_device_does
 
     round_as_a_device_does()
+    return device_of("cpu")
+
+
+def _bench(
+    family: str, op: str, model: str, seq_length: str, dtype: str, backend: str, vs: str, rounds: int | None,
+    device: torch.device,
+) -> OpsBench:  # fmt: skip
+    from megatron_qwen.benchmark.ops.contestants import PEERS, default_backends
+    from megatron_qwen.benchmark.ops.registry import choose_cases
+    from megatron_qwen.benchmark.ops.run import MODELS, ROUNDS, OpsBench
+
+    if rounds is not None and rounds < 1:
+        raise ConfigError(f"--rounds: got {rounds}, expected at least 1")
+    # Under the interpreter there is no speed to compare, and a model's rows would take minutes.
+    interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    peers = () if interpreted else PEERS
+    return OpsBench(
+        cases=choose_cases(_words(family), _words(op)),
+        device=device,
+        models=_words(model) or (() if interpreted else MODELS[device.type]),
+        seq_lengths=_numbers("--seq-length", seq_length),
+        dtypes=_words(dtype) or (("bf16",) if device.type == "cuda" else ("fp32",)),
+        backends=_words(backend) or default_backends(device, interpreted=interpreted),
+        versus=() if vs.strip() == "none" else _words(vs) or peers,
+        rounds=0 if interpreted else rounds or ROUNDS[device.type],
+    )
 
 
 def _run(bench: OpsBench, out: Path | None) -> OpReport:

@@ -117,9 +117,21 @@ def _compare_in_pieces(
                 seen[who][name].add(mine[name][begin:end], piece, begin)
     for name, total in sums.items():
         largest[name] = largest_finite(total)
-        for who, mine in found.items():
-            seen[who][name].add(mine[name], total, 0)
+        for begin, end in _rows_at_once(total):
+            for who, mine in found.items():
+                seen[who][name].add(_rows(mine[name], begin, end), _rows(total, begin, end), begin)
     return seen, largest
+
+
+def _rows_at_once(tensor: torch.Tensor) -> Iterator[tuple[int, int]]:
+    """The gradient of a vocabulary's weight is compared in pieces too: fp64 copies of it all would not fit."""
+    rows = tensor.shape[0] if tensor.dim() else 1
+    step = max(1, _PIECE.get(tensor.device.type, 2**23) * rows // tensor.numel())
+    return ((begin, min(begin + step, rows)) for begin in range(0, rows, step))
+
+
+def _rows(tensor: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+    return tensor[begin:end] if tensor.dim() else tensor
 
 
 def _pieces(workload: Workload) -> Iterator[tuple[int, int]]:

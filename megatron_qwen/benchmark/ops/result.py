@@ -139,6 +139,11 @@ class OpReport:
         taken: UTC time, ISO 8601.
         setting: rounds, threads and the like.
         roofline: the ceilings; None in a run that only checks.
+        rows: by shape, direction and contestant.
+        odd_checks: of `--check`.
+        sanitizer: of `--sanitize`.
+        bars: judged on a GPU.
+        not_reached: what the time limit left no time for.
     """
 
     device: str
@@ -152,6 +157,7 @@ class OpReport:
     odd_checks: tuple[OddCheck, ...] = ()
     sanitizer: tuple[SanitizerRun, ...] = ()
     bars: tuple[Judgement, ...] = ()
+    not_reached: tuple[str, ...] = ()
 
     def problems(self) -> list[str]:
         """Return what is wrong with ours: results that are not right, errors the sanitizer saw."""
@@ -204,6 +210,7 @@ def read_report(path: Path) -> OpReport:
             odd_checks=tuple(OddCheck(**each) for each in content["odd_checks"]),
             sanitizer=tuple(SanitizerRun(**each) for each in content["sanitizer"]),
             bars=tuple(Judgement(**each) for each in content["bars"]),
+            not_reached=tuple(content["not_reached"]),
         )
     except (KeyError, TypeError, AttributeError, AssertionError) as error:
         raise CorruptInputError(f"{path}: no report of bench ops ({type(error).__name__}: {error})") from error

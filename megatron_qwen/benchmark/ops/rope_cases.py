@@ -238,8 +238,14 @@ CASES = (
         "qkv_rope_no_bias",
         "RoPE + split, the bias added by the projection",
         workload=_without_bias,
+        lengths={"cuda": (32_768,), "cpu": (256,)},
         bytes_moved=_bytes_without_bias,
         flops=_flops_without_bias,
     ),
-    _case("qkv_rope_packed", f"bias + RoPE + split of {SEQUENCES} ragged sequences", packed=True),
+    _case(
+        "qkv_rope_packed",
+        f"bias + RoPE + split of {SEQUENCES} ragged sequences",
+        packed=True,
+        lengths={"cuda": (32_768,), "cpu": (256,)},
+    ),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -18,8 +19,8 @@ from megatron_qwen.benchmark.ops.case import OpCase, Sizes
 from megatron_qwen.benchmark.ops.check import Verdict, check_contestants
 from megatron_qwen.benchmark.ops.contestants import OpContestant, take_part
 from megatron_qwen.benchmark.ops.measure import Timing, measure_in_turn
-from megatron_qwen.benchmark.ops.odd_sizes import DTYPES, check_odd_sizes, count_odd_sizes
-from megatron_qwen.benchmark.ops.result import OpReport, OpRow
+from megatron_qwen.benchmark.ops.odd_sizes import DTYPES, check_odd_sizes, odd_shapes
+from megatron_qwen.benchmark.ops.result import OpReport, OpRow, shown_sizes
 from megatron_qwen.benchmark.ops.sanitize import sanitize
 from megatron_qwen.benchmark.report import git_commit, now
 from megatron_qwen.benchmark.roofline import Roofline, measure_roofline
@@ -29,7 +30,7 @@ from megatron_qwen.parallel.device import device_name
 
 # Enough for the median to stand still on a GPU; a CPU has less time to give.
 ROUNDS = {"cuda": 50, "cpu": 10}
-MODELS = {"cuda": ("0.5b", "7b", "72b"), "cpu": ("0.5b",)}
+MODELS = {"cuda": ("7b", "72b", "0.5b"), "cpu": ("0.5b",)}
 _PACKAGES = ("torch", "triton", "liger-kernel", "transformer-engine")
 
 
@@ -48,6 +49,7 @@ class OpsBench:
         rounds: measured rounds; 0 to check only.
         check: our backends at odd sizes too.
         sanitize: compute-sanitizer too.
+        time_limit: seconds after which no other shape is begun; 0 for none.
 
     Raises:
         ConfigError: something unknown or out of range.
@@ -63,6 +65,7 @@ class OpsBench:
     rounds: int
     check: bool = False
     sanitize: bool = False
+    time_limit: float = 0.0
 
     def __post_init__(self) -> None:
         if self.rounds < 0:
@@ -77,11 +80,22 @@ class OpsBench:
             preset_of(model)
         take_part(self.cases[0], self.device, torch.float32, self.backends, self.versus)  # their names
 
+    def require_ours(self) -> None:
+        """Raise ConfigError if no case can run on any of our backends: asked for by name, that is an error."""
+        ours = [
+            each
+            for case in self.cases
+            for dtype in self.dtypes
+            for each in take_part(case, self.device, DTYPES[dtype], self.backends, ())
+        ]
+        if all(each.function is None for each in ours):
+            raise ConfigError(f"--backend: nothing to measure; {ours[0].missing}")
+
     def shapes(self) -> list[tuple[OpCase, str, Sizes, str]]:
         """Return (case, model, sizes, dtype) of everything that is measured; sizes that repeat are left out."""
         found: dict[tuple[str, tuple[tuple[str, int], ...], str], tuple[OpCase, str, Sizes, str]] = {}
-        for case in self.cases:
-            for model in self.models:
+        for model in self.models:
+            for case in self.cases:
                 for length in self.seq_lengths or case.lengths[self.device.type]:
                     for dtype in self.dtypes:
                         sizes = case.sizes(find_preset(preset_of(model)), length)
@@ -90,7 +104,8 @@ class OpsBench:
 
     def num_steps(self) -> int:
         """Return how often `progress` is called."""
-        return len(self.shapes()) + self.check * count_odd_sizes(self.cases) + self.sanitize + bool(self.rounds)
+        odd = sum(len(odd_shapes(case)) for case in self.cases)
+        return len(self.shapes()) + self.check * odd + self.sanitize + bool(self.rounds)
 
     def run(self, progress: Callable[[str], None], keep: Callable[[OpReport], None]) -> OpReport:
         """Check and measure everything, and judge the bars.
@@ -99,6 +114,7 @@ class OpsBench:
             progress: called `num_steps` times with what was done.
             keep: called with the report so far: a run that is cut off has then left what it had.
         """
+        begin = time.monotonic()
         report = OpReport(
             device=device_name(self.device),
             driver=_driver() if self.device.type == "cuda" else "",
@@ -122,9 +138,14 @@ class OpsBench:
         rooflines: dict[str, Roofline] = {}
         if self.rounds:
             rooflines = {name: measure_roofline(clock, DTYPES[name], self.rounds) for name in self.dtypes}
-            report = replace(report, roofline=rooflines[self.dtypes[0]])
+            ceilings = {ceiling.name: ceiling for each in rooflines.values() for ceiling in each.ceilings}
+            report = replace(report, roofline=Roofline(ceilings=tuple(ceilings.values())))
             progress("ceilings")
         for case, model, sizes, dtype in self.shapes():
+            if self.time_limit and time.monotonic() - begin > self.time_limit:
+                missed = f"{case.name} {model} ({shown_sizes(sizes)}) {dtype}"
+                report = replace(report, not_reached=(*report.not_reached, missed))
+                continue
             rows = self._rows(case, model, sizes, dtype, clock, rooflines.get(dtype))
             report = replace(report, rows=(*report.rows, *rows))
             keep(report)
@@ -249,13 +270,14 @@ def write_report(report: OpReport, folder: Path, command: str) -> list[Path]:
     from megatron_qwen.benchmark.plots import draw_roofline, draw_speedups
 
     folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / name for name in ("ops.json", "ops.csv", "summary.md")]
+    files = [folder / name for name in ("ops.json", "summary.md")]
     files[0].write_text(report.as_json() + "\n", encoding="utf-8")
+    files[1].write_text(summary(report, command), encoding="utf-8")
     if report.rows:
-        write_csv(report, files[1])
-    files[2].write_text(summary(report, command), encoding="utf-8")
-    if report.roofline is not None and report.rows:
-        draw_roofline(report, folder / "roofline.png")
-        draw_speedups(report, folder / "speedup.png")
+        files.append(folder / "ops.csv")
+        write_csv(report, files[-1])
+    if any(row.status == "timed" for row in report.rows):
         files += [folder / "roofline.png", folder / "speedup.png"]
+        draw_roofline(report, files[-2])
+        draw_speedups(report, files[-1])
     return files

@@ -98,7 +98,9 @@ def notes(report: OpReport) -> list[str]:
         )
     if report.odd_checks:
         wrong = sum(not each.is_right for each in report.odd_checks)
-        lines.append(f"odd sizes in fp32, bf16, fp16: {len(report.odd_checks)} checks, {wrong} wrong")
+        lines.append(f"odd sizes, in bf16, fp32 and fp16: {len(report.odd_checks)} checks, {wrong} wrong")
+    if report.not_reached:
+        lines.append(f"not reached within the time limit: {', '.join(report.not_reached)}")
     open_bars = [each.bar for each in report.bars if each.status == "not judged"]
     if open_bars:
         lines.append(f"bars not judged: {', '.join(open_bars)}")
