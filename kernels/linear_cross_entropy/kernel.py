@@ -161,10 +161,11 @@ def backward(
     tokens = hidden.shape[0]
     grad_hidden = hidden.new_zeros(hidden.shape, dtype=torch.float32)
     parts = list(chunks(tokens, rows, CHUNK_ELEMENTS, SMALLEST_CHUNK))
-    buffer = hidden.new_empty(tokens, parts[0].stop if parts else 0)
+    buffer = hidden.new_empty(tokens * (parts[0].stop if parts else 0))
     per_token = [each.contiguous() for each in (labels, lse, grad_lse, grad_label_logit)]
     for part in parts:
-        grad_logits = buffer[:, : part.stop - part.start]
+        size = part.stop - part.start
+        grad_logits = buffer[: tokens * size].view(tokens, size)
         if tokens:
             launch_logit_gradient(hidden, weight, *per_token, part, grad_logits)
         add_product(grad_hidden, grad_logits, weight[part])

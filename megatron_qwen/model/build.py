@@ -13,6 +13,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron_qwen import compat
 from megatron_qwen.errors import ConfigError
 from megatron_qwen.model.config import QwenConfig
+from megatron_qwen.model.loss import QwenGPTModel
 from megatron_qwen.model.spec import block_spec, resolve_backend
 from megatron_qwen.parallel import groups
 from megatron_qwen.parallel.device import current_device, install_cpu_platform
@@ -36,6 +37,7 @@ def build_model(
     parallel_output: bool = True,
     device: torch.device | str | None = None,
     max_sequence_length: int | None = None,
+    fuse_linear_cross_entropy: bool | None = None,
     **transformer_config_overrides: Any,
 ) -> GPTModel:
     """Build this rank's part of a model, randomly initialised.
@@ -53,14 +55,15 @@ def build_model(
         parallel_output: leave logits split along the vocabulary between tensor-parallel ranks.
         device: where the parameters are; this rank's device by default; "meta" allocates nothing.
         max_sequence_length: the configuration's max_position_embeddings by default.
+        fuse_linear_cross_entropy: compute losses without holding logits; see `loss.resolve_fusion`.
         transformer_config_overrides: fields of `TransformerConfig`; see `transformer_config.py`.
 
     Returns:
-        A `GPTModel` whose parameter names are Megatron-Core's own.
+        A `GPTModel` (see `loss.py`) whose parameter names are Megatron-Core's own.
 
     Raises:
         ConfigError: the layout fits neither the model nor the running parallel state, an unknown
-            override, or a backend that is not installed.
+            override, options that exclude each other, or a backend that is not installed.
     """
     layout = _enter(layout)
     overrides: dict[str, Any] = {
@@ -81,8 +84,10 @@ def build_model(
     if post_process is None:
         post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
     with torch.device("meta") if on_meta else contextlib.nullcontext():
-        model = GPTModel(
-            config=transformer_config,
+        model = QwenGPTModel(
+            transformer_config,
+            num_tokens=config.vocab_size,
+            fuse_linear_cross_entropy=fuse_linear_cross_entropy,
             transformer_layer_spec=block_spec(transformer_config, backend=backend, vp_stage=vp_stage),
             vocab_size=padded_vocab_size(config, layout),
             max_sequence_length=max_sequence_length or config.max_position_embeddings,

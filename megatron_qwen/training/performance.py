@@ -58,6 +58,8 @@ def _machine_problems(performance: PerformanceRecipe) -> Iterator[str]:
             yield f"{name} needs Transformer Engine, which is not installed (pip install transformer-engine[pytorch])"
     if performance.fp8 and has_cuda and torch.cuda.get_device_capability() < (8, 9):
         yield f"fp8 needs compute capability 8.9 or newer, {torch.cuda.get_device_name()} has less"
+    if performance.fuse_linear_cross_entropy and performance.defer_embedding_wgrad_compute:
+        yield "fuse_linear_cross_entropy and defer_embedding_wgrad_compute exclude each other: the one has no logits"
     if performance.fp8_param_gather and not performance.fp8:
         yield "fp8_param_gather needs fp8"
     if performance.gradient_accumulation_fusion and has_cuda and not (has_te or compat.has_apex_gradient_fusion()):

@@ -275,6 +275,8 @@ class PerformanceRecipe(RecipeGroup):
         gradient_accumulation_fusion: add weight gradients inside the GEMM; on a GPU it needs apex or Transformer
             Engine. None: on a CPU only.
         defer_embedding_wgrad_compute: of the last pipeline stage.
+        fuse_linear_cross_entropy: compute the loss without holding logits. None: on a CPU only, unless a switch that
+            needs them is on.
     """
 
     recompute: str = "none"
@@ -303,6 +305,7 @@ class PerformanceRecipe(RecipeGroup):
     moe_permute_fusion: bool = False
     gradient_accumulation_fusion: bool | None = None
     defer_embedding_wgrad_compute: bool = False
+    fuse_linear_cross_entropy: bool | None = None
 
     def problems(self) -> Iterator[str]:  # noqa: D102
         yield from self._one_of("recompute", RECOMPUTE_MODES)

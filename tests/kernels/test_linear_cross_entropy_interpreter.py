@@ -13,7 +13,7 @@ SIZES = [((1,), 1, 1), ((0,), 8, 5), ((67, 2), 33, 131), ((129,), 64, 257)]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("lead", "hidden", "rows"), SIZES)
 def test_kernels(interpreted, lead, hidden: int, rows: int, dtype: torch.dtype) -> None:
-    interpreted(checks.check, lead, hidden, rows, dtype, "triton", z_loss=0.01)
+    interpreted(checks.check, lead, hidden, rows, dtype, "triton", z_loss=0.01 if rows > 1 else 0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -41,6 +41,7 @@ SWITCHES = {
     "overlapped": ["performance.overlap_grad_reduce=true", "performance.overlap_param_gather=true"],
     "recompute full": ["performance.recompute=full"],
     "recompute selective": ["performance.recompute=selective"],
+    "logits held": ["performance.fuse_linear_cross_entropy=false"],
 }
 
 
