@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 
@@ -101,6 +103,11 @@ def backend_for(op: str, tensor: torch.Tensor, unfit: str = "") -> str:
     if request == "reference" or (request == "auto" and tensor.device.type != "cuda"):
         return "reference"
     return _choose(op, request, tensor.device, tensor.dtype, unfit).backend
+
+
+def launches(op: str, backend: str) -> ModuleType:
+    """Return the module with the launch functions of `op` for "triton" or "cuda"; both take the same arguments."""
+    return importlib.import_module(f".{op}.{'cuda' if backend == 'cuda' else 'kernel'}", __package__)
 
 
 def explain_choice(op: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> OpChoice:

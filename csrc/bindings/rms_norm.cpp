@@ -18,45 +18,19 @@ void forward(std::uintptr_t x, std::uintptr_t residual, std::uintptr_t weight, s
                     at<void>(stream)});
 }
 
-RMSNormBackwardParams operands(std::uintptr_t grad, std::uintptr_t grad_sum, std::uintptr_t x, std::uintptr_t weight,
-                               std::uintptr_t inverse_rms, std::uintptr_t grad_x, std::uintptr_t grad_weight,
-                               std::int64_t rows, std::int64_t hidden, std::int64_t x_stride, const std::string& dtype,
-                               const std::string& weight_dtype) {
-  constexpr const char* kOp = "rms_norm_backward";
-  RMSNormBackwardParams params{};
-  params.grad = at<const void>(grad);
-  params.grad_sum = at<const void>(grad_sum);
-  params.x = at<const void>(x);
-  params.weight = at<const void>(weight);
-  params.inverse_rms = at<const float>(inverse_rms);
-  params.grad_x = at<void>(grad_x);
-  params.grad_weight = at<void>(grad_weight);
-  params.rows = rows;
-  params.hidden = hidden;
-  params.x_stride = x_stride;
-  params.dtype = parse_dtype(kOp, "dtype", dtype);
-  params.weight_dtype = parse_dtype(kOp, "weight_dtype", weight_dtype);
-  return params;
-}
-
-std::int64_t backward_programs(std::uintptr_t grad, std::uintptr_t grad_sum, std::uintptr_t x, std::uintptr_t weight,
-                               std::uintptr_t inverse_rms, std::uintptr_t grad_x, std::uintptr_t grad_weight,
-                               std::int64_t rows, std::int64_t hidden, std::int64_t x_stride, const std::string& dtype,
-                               const std::string& weight_dtype) {
-  return rms_norm_backward_programs(operands(grad, grad_sum, x, weight, inverse_rms, grad_x, grad_weight, rows, hidden,
-                                             x_stride, dtype, weight_dtype));
-}
-
 void backward(std::uintptr_t grad, std::uintptr_t grad_sum, std::uintptr_t x, std::uintptr_t weight,
-              std::uintptr_t inverse_rms, std::uintptr_t grad_x, std::uintptr_t grad_weight, std::int64_t rows,
-              std::int64_t hidden, std::int64_t x_stride, const std::string& dtype, const std::string& weight_dtype,
-              std::uintptr_t partial, std::int64_t num_programs, std::uintptr_t stream) {
-  RMSNormBackwardParams params = operands(grad, grad_sum, x, weight, inverse_rms, grad_x, grad_weight, rows, hidden,
-                                          x_stride, dtype, weight_dtype);
-  params.partial = at<float>(partial);
-  params.num_programs = num_programs;
-  params.stream = at<void>(stream);
-  rms_norm_backward(params);
+              std::uintptr_t inverse_rms, std::uintptr_t grad_x, std::uintptr_t grad_weight, std::uintptr_t partial,
+              std::int64_t rows, std::int64_t hidden, std::int64_t x_stride, std::int64_t num_programs,
+              const std::string& dtype, const std::string& weight_dtype, std::uintptr_t stream) {
+  constexpr const char* kOp = "rms_norm_backward";
+  rms_norm_backward({at<const void>(grad), at<const void>(grad_sum), at<const void>(x), at<const void>(weight),
+                     at<const float>(inverse_rms), at<void>(grad_x), at<void>(grad_weight), at<float>(partial), rows,
+                     hidden, x_stride, num_programs, parse_dtype(kOp, "dtype", dtype),
+                     parse_dtype(kOp, "weight_dtype", weight_dtype), at<void>(stream)});
+}
+
+std::int64_t backward_programs(std::int64_t rows, std::int64_t hidden, const std::string& dtype, bool adds) {
+  return rms_norm_backward_programs(rows, hidden, parse_dtype("rms_norm_backward_programs", "dtype", dtype), adds);
 }
 
 }  // namespace
@@ -67,14 +41,12 @@ void register_rms_norm(py::module_& module) {
              py::arg("x_stride"), py::arg("residual_stride"), py::arg("eps"), py::arg("dtype"), py::arg("weight_dtype"),
              py::arg("stream") = 0,
              "Enqueue y [rows, hidden], inverse_rms [rows] and, with a residual, sum = x + residual.");
-  module.def("rms_norm_backward_programs", &backward_programs, py::kw_only(), py::arg("grad"), py::arg("grad_sum"),
-             py::arg("x"), py::arg("weight"), py::arg("inverse_rms"), py::arg("grad_x"), py::arg("grad_weight"),
-             py::arg("rows"), py::arg("hidden"), py::arg("x_stride"), py::arg("dtype"), py::arg("weight_dtype"),
-             "The num_programs for the current device: rows of partial sums.");
+  module.def("rms_norm_backward_programs", &backward_programs, py::kw_only(), py::arg("rows"), py::arg("hidden"),
+             py::arg("dtype"), py::arg("adds"), "The num_programs for the current device: rows of partial sums.");
   module.def("rms_norm_backward", &backward, py::kw_only(), py::arg("grad"), py::arg("grad_sum"), py::arg("x"),
-             py::arg("weight"), py::arg("inverse_rms"), py::arg("grad_x"), py::arg("grad_weight"), py::arg("rows"),
-             py::arg("hidden"), py::arg("x_stride"), py::arg("dtype"), py::arg("weight_dtype"), py::arg("partial"),
-             py::arg("num_programs"), py::arg("stream") = 0,
+             py::arg("weight"), py::arg("inverse_rms"), py::arg("grad_x"), py::arg("grad_weight"), py::arg("partial"),
+             py::arg("rows"), py::arg("hidden"), py::arg("x_stride"), py::arg("num_programs"), py::arg("dtype"),
+             py::arg("weight_dtype"), py::arg("stream") = 0,
              "Enqueue grad_x and grad_weight; partial [num_programs, hidden] is fp32 scratch memory.");
 }
 

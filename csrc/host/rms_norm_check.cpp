@@ -46,7 +46,7 @@ void check(const RMSNormForwardParams& params) {
   require_aligned(kOp, "sum", params.sum, element);
 }
 
-void check_operands(const RMSNormBackwardParams& params) {
+void check(const RMSNormBackwardParams& params) {
   constexpr const char* kOp = "rms_norm_backward";
   const std::int64_t element = size_of(params.dtype);
   check_sizes(kOp, params.rows, params.hidden);
@@ -59,12 +59,6 @@ void check_operands(const RMSNormBackwardParams& params) {
   require_aligned(kOp, "inverse_rms", params.inverse_rms, sizeof(float));
   require_aligned(kOp, "grad_x", params.grad_x, element);
   require_aligned(kOp, "grad_weight", params.grad_weight, size_of(params.weight_dtype));
-}
-
-void check(const RMSNormBackwardParams& params) {
-  constexpr const char* kOp = "rms_norm_backward";
-  check_operands(params);
-  if (params.rows == 0) return;
   require_at_least(kOp, "num_programs", params.num_programs, 1);
   require_at_most(kOp, "num_programs", params.num_programs, params.rows < kMaxBlocks ? params.rows : kMaxBlocks);
   require_aligned(kOp, "partial", params.partial, kVectorBytes);

@@ -62,24 +62,24 @@ struct Backward {
 };
 
 template <typename T, bool kAdds>
-Backward choose_of(const RMSNormBackwardParams& params) {
-  const int threads = threads_that_hold(params.hidden, kHeldBackward);
-  if (rows_are_aligned(params)) {
+Backward choose_of(std::int64_t hidden, bool aligned) {
+  const int threads = threads_that_hold(hidden, kHeldBackward);
+  if (aligned) {
     if (threads <= kBackwardThreads) return {rms_norm_backward_kernel<T, kHeldBackward, kAdds>, threads};
     // Of fp32 the registers cannot hold a long row.
     if constexpr (sizeof(T) == 2) {
-      return {rms_norm_backward_kernel<T, kHeldOfLong, kAdds>, threads_that_hold(params.hidden, kHeldOfLong)};
+      return {rms_norm_backward_kernel<T, kHeldOfLong, kAdds>, threads_that_hold(hidden, kHeldOfLong)};
     }
   }
   return {rms_norm_backward_scalar_kernel<T, kAdds>, threads};
 }
 
-// The first kernel of these params, and the threads of its blocks.
-Backward choose(const RMSNormBackwardParams& params) {
+// The first kernel for rows of this length, and the threads of its blocks.
+Backward choose(DType dtype, bool adds, std::int64_t hidden, bool aligned) {
   Backward choice{};
-  dispatch(params.dtype, [&](auto tag) {
+  dispatch(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    choice = params.grad_sum != nullptr ? choose_of<T, true>(params) : choose_of<T, false>(params);
+    choice = adds ? choose_of<T, true>(hidden, aligned) : choose_of<T, false>(hidden, aligned);
   });
   return choice;
 }
@@ -96,16 +96,18 @@ void rms_norm_forward(const RMSNormForwardParams& params) {
   });
 }
 
-std::int64_t rms_norm_backward_programs(const RMSNormBackwardParams& params) {
-  check_operands(params);
-  const Backward choice = choose(params);
-  return std::min(params.rows, resident_blocks(kBackward, choice.kernel, choice.threads));
+std::int64_t rms_norm_backward_programs(std::int64_t rows, std::int64_t hidden, DType dtype, bool adds) {
+  require_at_least(kBackward, "rows", rows, 0);
+  require_at_least(kBackward, "hidden", hidden, 1);
+  require_at_most(kBackward, "hidden", hidden, kRMSNormLargestHidden);
+  const Backward choice = choose(dtype, adds, hidden, hidden % (kVectorBytes / size_of(dtype)) == 0);
+  return std::min(rows, resident_blocks(kBackward, choice.kernel, choice.threads));
 }
 
 void rms_norm_backward(const RMSNormBackwardParams& params) {
   check(params);
   if (params.rows == 0) return;
-  const Backward choice = choose(params);
+  const Backward choice = choose(params.dtype, params.grad_sum != nullptr, params.hidden, rows_are_aligned(params));
   launch(kBackward, choice.kernel, params.num_programs, choice.threads, params.stream, params);
   column_sum(
       {params.partial, params.grad_weight, params.num_programs, params.hidden, params.weight_dtype, params.stream});

@@ -9,25 +9,25 @@ import torch
 
 from ...errors import ConfigError
 from .. import checks
-from ..backends import backend_for, register_operation
+from ..backends import backend_for, launches, register_operation
 from ..registration import register_differentiable
 from . import reference
 
 OP = "rms_norm"
-# A row must fit the registers of one program.
+# A row must fit the registers, or the shared memory, of one program.
 LARGEST_HIDDEN = 16384
-register_operation(OP, "triton")
+register_operation(OP, "triton", "cuda")
 
 
 def _forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    if _backend(x) == "reference":
+    backend = _backend(x)
+    if backend == "reference":
         return reference.forward(x, weight, eps)
     y, inverse_rms = _forward_fake(x, weight, eps)
     if x.numel():
-        from . import kernel
-
         rows = checks.as_rows(OP, "x", x)
-        kernel.launch_forward(rows, None, weight.contiguous(), eps, y.view(rows.shape), None, inverse_rms.view(-1))
+        outputs = y.view(rows.shape), None, inverse_rms.view(-1)
+        launches(OP, backend).launch_forward(rows, None, weight.contiguous(), eps, *outputs)
     return y, inverse_rms
 
 
@@ -38,15 +38,14 @@ def _forward_fake(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[to
 def _add_forward(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if _backend(x) == "reference":
+    backend = _backend(x)
+    if backend == "reference":
         return reference.add_forward(x, residual, weight, eps)
     y, total, inverse_rms = _add_forward_fake(x, residual, weight, eps)
     if x.numel():
-        from . import kernel
-
         rows, added = checks.as_rows(OP, "x", x), checks.as_rows(OP, "residual", residual)
         outputs = y.view(rows.shape), total.view(rows.shape), inverse_rms.view(-1)
-        kernel.launch_forward(rows, added, weight.contiguous(), eps, *outputs)
+        launches(OP, backend).launch_forward(rows, added, weight.contiguous(), eps, *outputs)
     return y, total, inverse_rms
 
 
@@ -59,15 +58,14 @@ def _add_forward_fake(
 def _backward(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, inverse_rms: torch.Tensor, grad_sum: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if _backend(x) == "reference":
+    backend = _backend(x)
+    if backend == "reference":
         return reference.backward(grad, x, weight, inverse_rms, grad_sum)
     if not x.numel():
         return x.new_empty(x.shape), torch.zeros_like(weight)
-    from . import kernel
-
     grad_x, grad_weight = _backward_fake(grad, x, weight, inverse_rms, grad_sum)
     rows = checks.as_rows(OP, "x", x)
-    kernel.launch_backward(
+    launches(OP, backend).launch_backward(
         checks.gradient_as_rows(grad),
         None if grad_sum is None else checks.gradient_as_rows(grad_sum),
         rows,
@@ -135,7 +133,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float) -> torch.Tens
     Computed in fp32 (fp64 for fp64) and rounded once. The gradient of `weight` is summed in fp32 in a fixed order.
 
     Args:
-        x: [..., H], floating point. Triton takes any strides that make it rows at one distance.
+        x: [..., H], floating point. Kernels take any strides that make it rows at one distance.
         weight: [H], floating point of any dtype.
         eps: added to the mean square; 0 or more.
 

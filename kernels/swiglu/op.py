@@ -9,21 +9,21 @@ import torch
 
 from ...errors import ConfigError
 from .. import checks
-from ..backends import backend_for, register_operation
+from ..backends import backend_for, launches, register_operation
 from ..registration import register_differentiable
 from . import reference
 
-register_operation("swiglu", "triton")
+register_operation("swiglu", "triton", "cuda")
 
 
 def _forward(packed: torch.Tensor) -> torch.Tensor:
-    if backend_for("swiglu", packed) == "reference":
+    backend = backend_for("swiglu", packed)
+    if backend == "reference":
         return reference.forward(packed)
     out = packed.new_empty(*packed.shape[:-1], packed.shape[-1] // 2)
     if out.numel():
-        from . import kernel
-
-        kernel.launch_forward(checks.as_rows("swiglu", "packed", packed), out.view(-1, out.shape[-1]))
+        launch = launches("swiglu", backend).launch_forward
+        launch(checks.as_rows("swiglu", "packed", packed), out.view(-1, out.shape[-1]))
     return out
 
 
@@ -32,13 +32,12 @@ def _forward_fake(packed: torch.Tensor) -> torch.Tensor:
 
 
 def _backward(grad: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
-    if backend_for("swiglu", packed) == "reference":
+    backend = backend_for("swiglu", packed)
+    if backend == "reference":
         return reference.backward(grad, packed)
     grad_packed = packed.new_empty(packed.shape)
     if grad.numel():
-        from . import kernel
-
-        kernel.launch_backward(
+        launches("swiglu", backend).launch_backward(
             checks.gradient_as_rows(grad),
             checks.as_rows("swiglu", "packed", packed),
             grad_packed.view(-1, packed.shape[-1]),
@@ -70,7 +69,7 @@ def swiglu(packed: torch.Tensor) -> torch.Tensor:
     else is kept.
 
     Args:
-        packed: [..., 2F], gate first; floating point. Triton takes any strides that make it rows at one distance.
+        packed: [..., 2F], gate first; floating point. Kernels take any strides that make it rows at one distance.
 
     Returns:
         [..., F], contiguous, of the dtype of `packed`.

@@ -49,9 +49,6 @@ struct RMSNormBackwardParams {
 void check(const RMSNormForwardParams& params);
 void check(const RMSNormBackwardParams& params);
 
-// The same of all but partial and num_programs, which a caller does not have before rms_norm_backward_programs.
-void check_operands(const RMSNormBackwardParams& params);
-
 // Enqueues one kernel. Throws as check() does, and std::runtime_error with CUDA's own words if the launch fails.
 void rms_norm_forward(const RMSNormForwardParams& params);
 
@@ -59,8 +56,8 @@ void rms_norm_forward(const RMSNormForwardParams& params);
 // The same params, num_programs included, give the same bits.
 void rms_norm_backward(const RMSNormBackwardParams& params);
 
-// The thread blocks of the first kernel that the current device holds at once, at most `rows`: the num_programs to
-// take.
-std::int64_t rms_norm_backward_programs(const RMSNormBackwardParams& params);
+// The num_programs to take: at most `rows`, and as many thread blocks of the first kernel as the current device holds
+// at once. `adds`: with grad_sum.
+std::int64_t rms_norm_backward_programs(std::int64_t rows, std::int64_t hidden, DType dtype, bool adds);
 
 }  // namespace megatron_qwen
