@@ -8,13 +8,82 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from megatron_qwen.cli.convert_options import (
+    DryRun,
+    Dtype,
+    Json,
+    MaxMemory,
+    Overwrite,
+    Resume,
+    ShardSize,
+    Threads,
+    Verify,
+    conversion_options,
+)
 from megatron_qwen.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron_qwen.conversion.upcycle import UpcyclingRecipe
     from megatron_qwen.model.config import QwenConfig
 
-_RECIPE, _RUNNING = "Recipe", "Running"
+_RECIPE = "Recipe"
+
+_Experts = Annotated[int, typer.Option(help="Routed experts per MoE layer.", rich_help_panel=_RECIPE)]
+_Topk = Annotated[int, typer.Option(help="Experts per token.", rich_help_panel=_RECIPE)]
+_Granularity = Annotated[int | None, typer.Option(help="Experts that one dense MLP is worth.", rich_help_panel=_RECIPE)]
+_ExpertWidth = Annotated[
+    int | None, typer.Option(help="Neurons of an expert, instead of --granularity.", rich_help_panel=_RECIPE)
+]
+_SharedWidth = Annotated[
+    int | None, typer.Option(help="Neurons of the shared expert; default: topk experts.", rich_help_panel=_RECIPE)
+]
+_Reinit = Annotated[float, typer.Option(help="Share of each expert's parameters drawn anew.", rich_help_panel=_RECIPE)]
+_ReinitStd = Annotated[
+    float | None, typer.Option(help="Their deviation; default: initializer_range.", rich_help_panel=_RECIPE)
+]
+_ReinitUnit = Annotated[
+    str, typer.Option(help="parameter: single values; neuron: whole neurons.", rich_help_panel=_RECIPE)
+]
+_ReinitShared = Annotated[
+    bool, typer.Option("--reinit-shared", help="Also in the shared expert.", rich_help_panel=_RECIPE)
+]
+_ExpertScale = Annotated[float, typer.Option(help="Multiplies what the experts return.", rich_help_panel=_RECIPE)]
+_SharedScale = Annotated[
+    float, typer.Option(help="Multiplies what the shared expert returns.", rich_help_panel=_RECIPE)
+]
+_RouterStd = Annotated[
+    float | None, typer.Option(help="Deviation of the router; default: initializer_range.", rich_help_panel=_RECIPE)
+]
+_GateStd = Annotated[
+    float | None,
+    typer.Option(help="Deviation of the shared expert's gate; default: likewise.", rich_help_panel=_RECIPE),
+]
+_NormTopk = Annotated[
+    bool, typer.Option("--norm-topk-prob", help="Probabilities of the chosen sum to 1.", rich_help_panel=_RECIPE)
+]
+_AuxLoss = Annotated[float, typer.Option(help="Of the load-balancing loss.", rich_help_panel=_RECIPE)]
+_DenseLayers = Annotated[str, typer.Option(help="Layers that stay dense, such as 0,1.", rich_help_panel=_RECIPE)]
+_Seed = Annotated[int, typer.Option(help="Of everything random.", rich_help_panel=_RECIPE)]
+
+# Parameters of the command that are arguments of `make_recipe`.
+_RECIPE_FIELDS = (
+    "num_experts",
+    "topk",
+    "granularity",
+    "expert_width",
+    "shared_width",
+    "reinit",
+    "reinit_std",
+    "reinit_unit",
+    "reinit_shared",
+    "expert_scale",
+    "shared_scale",
+    "router_std",
+    "gate_std",
+    "norm_topk_prob",
+    "router_aux_loss_coef",
+    "seed",
+)
 
 
 def register(group: typer.Typer) -> None:
@@ -23,106 +92,45 @@ def register(group: typer.Typer) -> None:
 
 
 def upcycle_command(
+    context: typer.Context,
     dense_hf: Annotated[Path, typer.Argument(help="Hugging Face folder of a dense Qwen2 or Qwen2.5 model.")],
     out: Annotated[Path, typer.Argument(help="Hugging Face folder of the MoE model to make.")],
-    num_experts: Annotated[int, typer.Option(help="Routed experts per MoE layer.", rich_help_panel=_RECIPE)],
-    topk: Annotated[int, typer.Option(help="Experts per token.", rich_help_panel=_RECIPE)],
-    granularity: Annotated[
-        int | None, typer.Option(help="Experts that one dense MLP is worth.", rich_help_panel=_RECIPE)
-    ] = None,
-    expert_width: Annotated[
-        int | None, typer.Option(help="Neurons of an expert, instead of --granularity.", rich_help_panel=_RECIPE)
-    ] = None,
-    shared_width: Annotated[
-        int | None, typer.Option(help="Neurons of the shared expert; default: topk experts.", rich_help_panel=_RECIPE)
-    ] = None,
-    reinit: Annotated[
-        float, typer.Option(help="Share of each expert's parameters drawn anew.", rich_help_panel=_RECIPE)
-    ] = 0.5,
-    reinit_std: Annotated[
-        float | None, typer.Option(help="Their deviation; default: initializer_range.", rich_help_panel=_RECIPE)
-    ] = None,
-    reinit_unit: Annotated[
-        str, typer.Option(help="parameter: single values; neuron: whole neurons.", rich_help_panel=_RECIPE)
-    ] = "parameter",
-    reinit_shared: Annotated[
-        bool, typer.Option("--reinit-shared", help="Also in the shared expert.", rich_help_panel=_RECIPE)
-    ] = False,
-    expert_scale: Annotated[
-        float, typer.Option(help="Multiplies what the experts return.", rich_help_panel=_RECIPE)
-    ] = 1.0,
-    shared_scale: Annotated[
-        float, typer.Option(help="Multiplies what the shared expert returns.", rich_help_panel=_RECIPE)
-    ] = 1.0,
-    router_std: Annotated[
-        float | None,
-        typer.Option(help="Deviation of the router; default: initializer_range.", rich_help_panel=_RECIPE),
-    ] = None,
-    gate_std: Annotated[
-        float | None,
-        typer.Option(help="Deviation of the shared expert's gate; default: likewise.", rich_help_panel=_RECIPE),
-    ] = None,
-    norm_topk_prob: Annotated[
-        bool, typer.Option("--norm-topk-prob", help="Probabilities of the chosen sum to 1.", rich_help_panel=_RECIPE)
-    ] = False,
-    router_aux_loss_coef: Annotated[
-        float, typer.Option(help="Of the load-balancing loss.", rich_help_panel=_RECIPE)
-    ] = 0.001,
-    dense_layers: Annotated[
-        str, typer.Option(help="Layers that stay dense, such as 0,1.", rich_help_panel=_RECIPE)
-    ] = "",
-    seed: Annotated[int, typer.Option(help="Of everything random.", rich_help_panel=_RECIPE)] = 0,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as it is.")] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest file, such as 5GB or 500MB.")] = "50GB",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")] = False,
-    verify: Annotated[bool, typer.Option("--verify", help="Read the output again and compare it.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run left.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
-    threads: Annotated[int | None, typer.Option(help="Threads that write.", rich_help_panel=_RUNNING)] = None,
-    max_memory: Annotated[
-        str | None, typer.Option(help="Memory for tensors at work, such as 500MB.", rich_help_panel=_RUNNING)
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, without a bar.")] = False,
+    num_experts: _Experts,
+    topk: _Topk,
+    granularity: _Granularity = None,
+    expert_width: _ExpertWidth = None,
+    shared_width: _SharedWidth = None,
+    reinit: _Reinit = 0.5,
+    reinit_std: _ReinitStd = None,
+    reinit_unit: _ReinitUnit = "parameter",
+    reinit_shared: _ReinitShared = False,
+    expert_scale: _ExpertScale = 1.0,
+    shared_scale: _SharedScale = 1.0,
+    router_std: _RouterStd = None,
+    gate_std: _GateStd = None,
+    norm_topk_prob: _NormTopk = False,
+    router_aux_loss_coef: _AuxLoss = 0.001,
+    dense_layers: _DenseLayers = "",
+    seed: _Seed = 0,
+    dtype: Dtype = None,
+    max_shard_size: ShardSize = "50GB",
+    dry_run: DryRun = False,
+    verify: Verify = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    threads: Threads = None,
+    max_memory: MaxMemory = None,
+    as_json: Json = False,
 ) -> None:
     """Make a Qwen MoE from a dense checkpoint: copy its MLPs, shuffle, cut into experts, draw half of each anew."""
-    from megatron_qwen.cli.convert import parse_size, run_conversion
+    from megatron_qwen.cli.convert import run_conversion
     from megatron_qwen.conversion.upcycle import make_recipe, prepare_upcycle
     from megatron_qwen.model.config import QwenConfig
 
     dense = QwenConfig.from_hf(dense_hf)
-    recipe = make_recipe(
-        dense,
-        num_experts=num_experts,
-        topk=topk,
-        granularity=granularity,
-        expert_width=expert_width,
-        shared_width=shared_width,
-        reinit=reinit,
-        reinit_std=reinit_std,
-        reinit_unit=reinit_unit,
-        reinit_shared=reinit_shared,
-        expert_scale=expert_scale,
-        shared_scale=shared_scale,
-        router_std=router_std,
-        gate_std=gate_std,
-        norm_topk_prob=norm_topk_prob,
-        router_aux_loss_coef=router_aux_loss_coef,
-        dense_layers=_numbers(dense_layers),
-        seed=seed,
-    )
-    conversion = prepare_upcycle(
-        dense_hf,
-        out,
-        recipe,
-        dtype=dtype,
-        max_shard_bytes=parse_size(max_shard_size, "--max-shard-size"),
-        verify=verify,
-        resume=resume,
-        overwrite=overwrite,
-        threads=threads,
-        max_memory=None if max_memory is None else parse_size(max_memory, "--max-memory"),
-        progress=not as_json,
-    )
+    given = {name: context.params[name] for name in _RECIPE_FIELDS}
+    recipe = make_recipe(dense, **{**given, "dense_layers": _numbers(dense_layers)})
+    conversion = prepare_upcycle(dense_hf, out, recipe, **conversion_options(context.params))
     figures = _figures(dense, recipe)
     if not as_json:
         _print(figures)
