@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ...errors import ConfigError
-from .. import extension
+from ... import _C
+from ..cuda_launch import address, dtype_name, launching_on
 
 
 def launch_forward(
@@ -21,24 +21,22 @@ def launch_forward(
 
     x and residual may have any row stride; the rest is contiguous. N and H are positive.
     """
-    from ... import _C
-
     rows, hidden = x.shape
-    with extension.stream(x.device) as stream:
+    with launching_on(x) as stream:
         _C.rms_norm_forward(
-            x=extension.address(x),
-            residual=extension.address(residual),
-            weight=extension.address(weight),
-            y=extension.address(y),
-            sum=extension.address(total),
-            inverse_rms=extension.address(inverse_rms),
+            x=x.data_ptr(),
+            residual=address(residual),
+            weight=weight.data_ptr(),
+            y=y.data_ptr(),
+            sum=address(total),
+            inverse_rms=inverse_rms.data_ptr(),
             rows=rows,
             hidden=hidden,
             x_stride=x.stride(0),
             residual_stride=0 if residual is None else residual.stride(0),
             eps=eps,
-            dtype=extension.DTYPE_NAMES[x.dtype],
-            weight_dtype=_dtype_of_weight(weight),
+            dtype=dtype_name(x),
+            weight_dtype=dtype_name(weight),
             stream=stream,
         )
 
@@ -53,22 +51,20 @@ def launch_backward(
     grad_weight: torch.Tensor,
 ) -> None:
     """Fill grad_x [N, H] and grad_weight [H] in two launches; x may have any row stride, the rest is contiguous."""
-    from ... import _C
-
     rows, hidden = x.shape
-    dtype, weight_dtype = extension.DTYPE_NAMES[x.dtype], _dtype_of_weight(weight)
-    with extension.stream(x.device) as stream:
+    dtype, weight_dtype = dtype_name(x), dtype_name(weight)
+    with launching_on(x) as stream:
         programs = _C.rms_norm_backward_programs(rows=rows, hidden=hidden, dtype=dtype, adds=grad_sum is not None)
         partial = torch.empty(programs, hidden, dtype=torch.float32, device=x.device)
         _C.rms_norm_backward(
-            grad=extension.address(grad),
-            grad_sum=extension.address(grad_sum),
-            x=extension.address(x),
-            weight=extension.address(weight),
-            inverse_rms=extension.address(inverse_rms),
-            grad_x=extension.address(grad_x),
-            grad_weight=extension.address(grad_weight),
-            partial=extension.address(partial),
+            grad=grad.data_ptr(),
+            grad_sum=address(grad_sum),
+            x=x.data_ptr(),
+            weight=weight.data_ptr(),
+            inverse_rms=inverse_rms.data_ptr(),
+            grad_x=grad_x.data_ptr(),
+            grad_weight=grad_weight.data_ptr(),
+            partial=partial.data_ptr(),
             rows=rows,
             hidden=hidden,
             x_stride=x.stride(0),
@@ -77,12 +73,3 @@ def launch_backward(
             weight_dtype=weight_dtype,
             stream=stream,
         )
-
-
-def _dtype_of_weight(weight: torch.Tensor) -> str:
-    if weight.dtype not in extension.DTYPE_NAMES:
-        raise ConfigError(
-            f"rms_norm: weight has dtype {weight.dtype}; the CUDA kernel takes float32, bfloat16 or float16: "
-            "convert it, or take another backend"
-        )
-    return extension.DTYPE_NAMES[weight.dtype]
