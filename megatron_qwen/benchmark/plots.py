@@ -18,7 +18,7 @@ def draw_roofline(report: OpReport, file: Path) -> None:
 
     assert report.roofline is not None
     copy, gemm = report.roofline.rate("B/s"), report.roofline.rate("FLOP/s")
-    rows = [row for row in report.rows if row.is_ours and row.seconds]
+    rows = [row for row in report.rows if row.is_ours and row.seconds and row.flops]  # a gather has none
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     intensities = [row.flops / row.num_bytes for row in rows]
     left, right = min([0.1, *intensities]) / 2, max([4 * gemm / copy, *intensities]) * 2

@@ -30,9 +30,11 @@ _SEVERAL = "Several with commas."
 
 
 def ops(
-    family: Annotated[str, typer.Option(help=f"rope, norm, swiglu, loss ... {_SEVERAL} [default: all]")] = "",
+    family: Annotated[str, typer.Option(help=f"rope, norm, swiglu, loss, moe. {_SEVERAL} [default: all]")] = "",
     op: Annotated[str, typer.Option(help=f"As in --list. {_SEVERAL} [default: all]")] = "",
-    model: Annotated[str, typer.Option(help=f"0.5b, 7b, 72b, any preset. {_SEVERAL} [default: by device]")] = "",
+    model: Annotated[
+        str, typer.Option(help=f"0.5b, 7b, 72b, a2.7b, 57b, any preset. {_SEVERAL} [default: by op]")
+    ] = "",
     seq_length: Annotated[str, typer.Option(help=f"Tokens. {_SEVERAL} [default: by op and device]")] = "",
     dtype: Annotated[str, typer.Option(help=f"bf16, fp16, fp32. {_SEVERAL} [default: bf16 on CUDA, else fp32]")] = "",
     backend: Annotated[
@@ -119,7 +121,7 @@ def _bench(
 ) -> OpsBench:  # fmt: skip
     from megatron_qwen.benchmark.ops.contestants import PEERS, default_backends
     from megatron_qwen.benchmark.ops.registry import choose_cases
-    from megatron_qwen.benchmark.ops.run import MODELS, ROUNDS, OpsBench
+    from megatron_qwen.benchmark.ops.run import ROUNDS, OpsBench
 
     if rounds is not None and rounds < 1:
         raise ConfigError(f"--rounds: got {rounds}, expected at least 1")
@@ -129,7 +131,7 @@ def _bench(
     return OpsBench(
         cases=choose_cases(_words(family), _words(op)),
         device=device,
-        models=_words(model) or (() if interpreted else MODELS[device.type]),
+        models=_words(model) or (() if interpreted else None),
         seq_lengths=_numbers("--seq-length", seq_length),
         dtypes=_words(dtype) or (("bf16",) if device.type == "cuda" else ("fp32",)),
         backends=_words(backend) or default_backends(device, interpreted=interpreted),

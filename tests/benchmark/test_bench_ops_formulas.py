@@ -13,6 +13,7 @@ from megatron_qwen.model.presets import find_preset
 
 CASES = {case.name: case for case in all_cases()}
 CPU = torch.device("cpu")
+MOE = ("moe_permute", "moe_unpermute")
 
 
 def counts(name: str, model: str, tokens: int, direction: str) -> tuple[int, int]:
@@ -36,6 +37,11 @@ def counts(name: str, model: str, tokens: int, direction: str) -> tuple[int, int
         ("add_rms_norm", "72b", "backward", 2 * (4 * 32768 * 8192 + 2 * 8192), 10 * 32768 * 8192),
         ("swiglu", "7b", "forward", 2 * 3 * 32768 * 18944, 5 * 32768 * 18944),
         ("swiglu", "72b", "backward", 2 * 5 * 32768 * 29568, 11 * 32768 * 29568),
+        # 8 of 64 experts per token, hidden 3584; an int64 per row of experts
+        ("moe_permute", "57b", "forward", 2 * 9 * 32768 * 3584 + 8 * 8 * 32768, 0),
+        ("moe_permute", "57b", "backward", 2 * 9 * 32768 * 3584 + 8 * 8 * 32768, 8 * 32768 * 3584),
+        ("moe_unpermute", "57b", "forward", 2 * 9 * 32768 * 3584 + (4 + 8) * 8 * 32768, 2 * 8 * 32768 * 3584),
+        ("moe_unpermute", "57b", "backward", 2 * 17 * 32768 * 3584 + (4 + 4 + 8) * 8 * 32768, 3 * 8 * 32768 * 3584),
         ("linear_cross_entropy", "7b", "both", 2 * 2 * (32768 + 152064) * 3584 + 8 * 32768,
          6 * 32768 * 3584 * 152064),
     ],
@@ -62,13 +68,13 @@ def test_bytes_are_those_of_the_tensors_that_go_in_and_out(name: str) -> None:
     leaves = sum(leaf.nbytes for leaf in workload.leaves.values())
     outputs = sum(found[output].nbytes for output in case.outputs)
     tables = sum(workload.others[each].nbytes for each in ("cos", "sin") if each in workload.others)
-    tables += workload.others["positions"].nbytes if name == "qkv_rope_packed" else 0
+    tables += workload.others["positions"].nbytes if name in ("qkv_rope_packed", *MOE) else 0
     assert case.bytes_moved(sizes, "forward", 2) == leaves + outputs + tables
     if case.in_place:
         return
     gradients = sum(each.nbytes for key, each in found.items() if key.startswith("d "))
     # What backward reads beside the gradients of the outputs: the input, or s for both addends of a sum.
-    reads = {"rms_norm": leaves, "add_rms_norm": leaves, "swiglu": leaves}.get(name, tables)
+    reads = tables + (leaves if name in ("rms_norm", "add_rms_norm", "swiglu", "moe_unpermute") else 0)
     if name == "add_rms_norm":
         one = workload.leaves["x"].nbytes
         reads, gradients = reads - one, gradients - one  # s is read once, dx written once
@@ -84,10 +90,10 @@ def test_ragged_sequences_fill_the_batch_and_are_always_the_same() -> None:
     assert sequence_lengths({"tokens": 7}) == [7]
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", [CASES[name] for name in CASES if name not in MOE], ids=lambda case: case.name)
 def test_a_slice_of_a_workload_computes_a_slice_of_the_results(case: OpCase) -> None:
     workload = case.workload(case.odd_sizes[1], torch.float32, CPU, 0)
-    tokens = next(iter(leaf for name, leaf in workload.leaves.items() if name not in workload.shared)).shape[0]
+    tokens = workload.num_tokens()
     whole = results(case, workload.wide(), case.plain)
     parts = [results(case, workload.slice(*ends).wide(), case.plain) for ends in ((0, 3), (3, tokens))]
     for name, expected in whole.items():
@@ -104,6 +110,16 @@ def test_the_reference_is_computed_from_the_same_tables_as_ours() -> None:
                                                                        "sin": given["sin"].double()}))  # fmt: skip
     for name, expected in exact.items():
         torch.testing.assert_close(ours[name], expected)
+
+
+def test_where_tokens_mix_there_is_one_slice_with_everything() -> None:
+    workload = CASES["moe_permute"].workload(CASES["moe_permute"].odd_sizes[1], torch.float32, CPU, 0)
+    assert workload.num_tokens() == 1
+    assert workload.slice(0, 1) is workload
+
+
+def test_a_dense_model_has_no_experts_to_measure() -> None:
+    assert CASES["moe_permute"].sizes(find_preset("qwen2.5-7b"), 64) == {}
 
 
 def test_short_names_of_presets() -> None:

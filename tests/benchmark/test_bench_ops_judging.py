@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_qwen.benchmark.clock import Sample
+from megatron_qwen.benchmark.clock import CudaClock, Sample
 from megatron_qwen.benchmark.ops.bars import BARS, Bar, judge
 from megatron_qwen.benchmark.ops.case import OpCase
 from megatron_qwen.benchmark.ops.contestants import OpContestant
@@ -183,3 +183,46 @@ def test_without_a_gpu_the_sanitizer_is_not_applicable() -> None:
     runs = sanitize(torch.device("cpu"), ("triton",), ("rms_norm",))
     assert [run.tool for run in runs] == ["memcheck", "racecheck"]
     assert {run.status for run in runs} == {"not applicable"}
+
+
+class Event:
+    """A device that is as slow to begin as the bytes written before, of which the host needs `needed` to keep ahead."""
+
+    needed = 0
+    written = 0
+
+    def __init__(self, **_: Any) -> None: ...
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return Event.written < Event.needed
+
+    def elapsed_time(self, other: Event) -> float:
+        return 2.0
+
+
+class Buffer:
+    def zero_(self) -> None:
+        Event.written += 1
+
+
+@pytest.mark.parametrize(("needed", "is_pure", "runs"), [(4, True, 1), (30, True, 4), (1000, False, 5)])
+def test_the_clock_writes_more_until_the_host_is_ahead_of_the_device(
+    monkeypatch: pytest.MonkeyPatch, needed: int, is_pure: bool, runs: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = object.__new__(CudaClock)
+    clock.device, clock._fills, clock._buffer = torch.device("cuda"), 4, Buffer()
+    Event.needed, prepared = needed, []
+
+    def prepare() -> Callable[[], object]:
+        prepared.append(1)
+        Event.written = 0
+        return lambda: None
+
+    assert clock.time(prepare) == Sample(2e-3, is_pure)
+    assert len(prepared) == runs
+    assert Event.written == 4 * 2 ** (runs - 1)

@@ -26,7 +26,7 @@ class Workload:
         others: inputs without one: tables, positions, targets.
         grads: one per output.
         shared: names of leaves, others and outputs that have no token axis (such an output is a sum over the tokens);
-            the first axis of all others counts tokens.
+            the first axis of all others counts tokens. Where tokens mix, every name is here.
         constants: arguments that are no tensors.
     """
 
@@ -40,8 +40,15 @@ class Workload:
         """Return everything a contestant is called with."""
         return {**self.leaves, **self.others, **self.constants}
 
+    def num_tokens(self) -> int:
+        """Return the length of the token axis; 1 where no leaf has one, so that there is nothing to slice."""
+        lengths = [leaf.shape[0] for name, leaf in self.leaves.items() if name not in self.shared]
+        return lengths[0] if lengths else 1
+
     def slice(self, begin: int, end: int) -> Workload:
         """Return the tokens from `begin` to `end`, as views."""
+        if self.leaves.keys() <= self.shared:
+            return self
 
         def cut(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             return {name: each if name in self.shared else each[begin:end] for name, each in tensors.items()}
@@ -77,7 +84,7 @@ class OpCase:
         outputs: names of the results, in order.
         directions: of `DIRECTIONS`; "both" is forward and backward timed together.
         bound: "memory" if bytes over copy bandwidth is the floor, "compute" if operations over the GEMM rate is.
-        sizes: (configuration, sequence length) to named sizes; "tokens" is the length of the token axis.
+        sizes: (configuration, sequence length) to named sizes, "tokens" first; empty if the model has no such layer.
         workload: (sizes, dtype, device, seed) to tensors, random.
         ours: through `megatron_qwen.ops`.
         plain: torch operations as a model without kernels has them; the fp64 reference too, so it must not round
@@ -87,6 +94,7 @@ class OpCase:
         flops: (sizes, direction): floating-point operations, without any that are done again.
         odd_sizes: sizes for `--check`: primes, one token, one more than a block.
         lengths: default sequence lengths per device type.
+        models: default presets per device type, those that bars are judged at first.
         in_place: results overwrite the leaves; there is no gradient.
     """
 
@@ -106,6 +114,9 @@ class OpCase:
     flops: Callable[[Sizes, str], int]
     odd_sizes: tuple[Sizes, ...]
     lengths: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: {"cuda": (16_384, 32_768), "cpu": (256,)})
+    models: Mapping[str, tuple[str, ...]] = field(
+        default_factory=lambda: {"cuda": ("7b", "72b", "0.5b"), "cpu": ("0.5b",)}
+    )
     in_place: bool = False
 
     def __post_init__(self) -> None:

@@ -126,7 +126,7 @@ def _compare_in_pieces(
 def _rows_at_once(tensor: torch.Tensor) -> Iterator[tuple[int, int]]:
     """The gradient of a vocabulary's weight is compared in pieces too: fp64 copies of it all would not fit."""
     rows = tensor.shape[0] if tensor.dim() else 1
-    step = max(1, _PIECE.get(tensor.device.type, 2**23) * rows // tensor.numel())
+    step = max(1, _PIECE[tensor.device.type] * rows // tensor.numel())
     return ((begin, min(begin + step, rows)) for begin in range(0, rows, step))
 
 
@@ -135,12 +135,12 @@ def _rows(tensor: torch.Tensor, begin: int, end: int) -> torch.Tensor:
 
 
 def _pieces(workload: Workload) -> Iterator[tuple[int, int]]:
-    per_token = [each for name, each in workload.leaves.items() if name not in workload.shared]
-    tokens = per_token[0].shape[0]
-    widest = max(each.numel() // tokens for each in (*per_token, *workload.grads))
+    tokens = workload.num_tokens()
     # The logits of a loss are no tensor of the workload; its weight has as many rows as they have columns.
-    widest = max([widest, *(each.shape[0] for name, each in workload.leaves.items() if name in workload.shared)])
-    step = max(1, _PIECE.get(per_token[0].device.type, 2**23) // widest)
+    widest = max(
+        leaf.shape[0] if name in workload.shared else leaf.numel() // tokens for name, leaf in workload.leaves.items()
+    )
+    step = max(1, _PIECE[next(iter(workload.leaves.values())).device.type] // widest)
     return ((begin, min(begin + step, tokens)) for begin in range(0, tokens, step))
 
 

@@ -16,6 +16,7 @@ FAMILIES = {
     "norm": f"{_HERE}.norm_cases",
     "swiglu": f"{_HERE}.swiglu_cases",
     "loss": f"{_HERE}.loss_cases",
+    "moe": f"{_HERE}.moe_cases",
 }
 
 

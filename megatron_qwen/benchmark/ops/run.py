@@ -30,7 +30,6 @@ from megatron_qwen.parallel.device import device_name
 
 # Enough for the median to stand still on a GPU; a CPU has less time to give.
 ROUNDS = {"cuda": 50, "cpu": 10}
-MODELS = {"cuda": ("7b", "72b", "0.5b"), "cpu": ("0.5b",)}
 _PACKAGES = ("torch", "triton", "liger-kernel", "transformer-engine")
 
 
@@ -41,7 +40,7 @@ class OpsBench:
     Attributes:
         cases: of the registry.
         device: where.
-        models: presets whose sizes are taken; "7b" is "qwen2.5-7b".
+        models: presets whose sizes are taken, "7b" is "qwen2.5-7b"; None for each case's own on this device.
         seq_lengths: tokens; empty for each case's own on this device.
         dtypes: of `odd_sizes.DTYPES`.
         backends: ours.
@@ -57,7 +56,7 @@ class OpsBench:
 
     cases: tuple[OpCase, ...]
     device: torch.device
-    models: tuple[str, ...]
+    models: tuple[str, ...] | None
     seq_lengths: tuple[int, ...]
     dtypes: tuple[str, ...]
     backends: tuple[str, ...]
@@ -76,9 +75,14 @@ class OpsBench:
         for length in self.seq_lengths:
             if length < 2:
                 raise ConfigError(f"--seq-length {length}: expected at least 2")
-        for model in self.models:
+        for model in self.models or ():
             preset_of(model)
         take_part(self.cases[0], self.device, torch.float32, self.backends, self.versus)  # their names
+        if self.models and not self.shapes():
+            raise ConfigError(
+                f"--model {','.join(self.models)}: no layer of {', '.join(case.name for case in self.cases)}; "
+                "mixtures of experts are a2.7b and 57b"
+            )
 
     def require_ours(self) -> None:
         """Raise ConfigError if no case can run on any of our backends: asked for by name, that is an error."""
@@ -94,13 +98,19 @@ class OpsBench:
     def shapes(self) -> list[tuple[OpCase, str, Sizes, str]]:
         """Return (case, model, sizes, dtype) of everything that is measured; sizes that repeat are left out."""
         found: dict[tuple[str, tuple[tuple[str, int], ...], str], tuple[OpCase, str, Sizes, str]] = {}
-        for model in self.models:
-            for case in self.cases:
-                for length in self.seq_lengths or case.lengths[self.device.type]:
-                    for dtype in self.dtypes:
-                        sizes = case.sizes(find_preset(preset_of(model)), length)
-                        found.setdefault((case.name, tuple(sizes.items()), dtype), (case, model, sizes, dtype))
+        kind = self.device.type
+        for model, case in self._pairs():
+            for length in self.seq_lengths or case.lengths[kind]:
+                sizes = case.sizes(find_preset(preset_of(model)), length)
+                for dtype in self.dtypes if sizes else ():
+                    found.setdefault((case.name, tuple(sizes.items()), dtype), (case, model, sizes, dtype))
         return list(found.values())
+
+    def _pairs(self) -> list[tuple[str, OpCase]]:
+        """Model by model, so that a time limit leaves out the last models and not the last cases."""
+        wanted = [(case, case.models[self.device.type] if self.models is None else self.models) for case in self.cases]
+        models = dict.fromkeys(model for _, names in wanted for model in names)
+        return [(model, case) for model in models for case, names in wanted if model in names]
 
     def num_steps(self) -> int:
         """Return how often `progress` is called."""
