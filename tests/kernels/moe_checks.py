@@ -5,8 +5,11 @@ Shapes: T tokens, E experts, k experts per token, H hidden size, F an expert's w
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
+
 import torch
-from op_checks import check_against_fp64, random, results, rows_beyond_32_bits
+from op_checks import check_against_fp64, plain_swiglu, random, results, rows_beyond_32_bits
 
 from megatron_qwen import ops
 from megatron_qwen.testing.poison import poisoned_outputs
@@ -156,3 +159,126 @@ def check_permute_offsets(backend: str) -> None:
         far = results(lambda y, w: ops.moe_unpermute(y, one, w), [x, weights], [grad])
         near = results(lambda y, w: ops.moe_unpermute(y, one, w), [x.contiguous(), weights], [grad])
     assert all(torch.equal(a, b) for a, b in zip(far, near, strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """Sizes of a layer of experts; `shared` is the shared expert's width, 0 for none."""
+
+    tokens: int
+    experts: int
+    topk: int
+    hidden: int
+    width: int
+    shared: int = 0
+    gated: bool = True
+    empty: tuple[int, ...] = ()
+
+    @property
+    def order(self) -> ops.ExpertOrder:
+        return ops.expert_order(some_experts(self.tokens, self.experts, self.topk, self.empty), self.experts)
+
+    def inputs(self, dtype: torch.dtype) -> list[torch.Tensor]:
+        """x, weights, W1 and W2 of all experts, and those of the shared one with its gate."""
+        shapes = [(self.experts, 2 * self.width, self.hidden), (self.experts, self.hidden, self.width)]
+        if self.shared:
+            shapes += [(2 * self.shared, self.hidden), (self.hidden, self.shared)]
+            shapes += [(1, self.hidden)] if self.gated else []
+        matrices = [random(shape, dtype, seed=10 + i, scale=shape[-1] ** -0.5) for i, shape in enumerate(shapes)]
+        weights = random((self.tokens, self.topk), dtype, seed=1).abs()
+        return [random((self.tokens, self.hidden), dtype, seed=0), weights, *matrices]
+
+    def moe_mlp(self, x: torch.Tensor, weights: torch.Tensor, *matrices: torch.Tensor, **options: bool) -> torch.Tensor:
+        """By ops.moe_mlp; the weights' gradient is rounded to the dtype of the inputs, which bound its error."""
+        fc1, fc2, *shared = matrices
+        wide = weights.to(torch.promote_types(weights.dtype, torch.float32))
+        common = ops.SharedExpert(*shared) if shared else None
+        return ops.moe_mlp(x, wide, self.order, fc1.unbind(), fc2.unbind(), shared=common, **options)
+
+
+def plain_mlp(x: torch.Tensor, fc1: torch.Tensor, fc2: torch.Tensor) -> torch.Tensor:
+    return plain_swiglu(x @ fc1.t()) @ fc2.t()
+
+
+def check_moe_mlp(layer: Layer, dtype: torch.dtype, backend: str, recompute: bool = False) -> None:
+    order = layer.order
+    rows = torch.arange(layer.tokens * layer.topk)
+    experts = torch.searchsorted(order.offsets[1:], rows, right=True)[order.positions]
+
+    def ours(*inputs: torch.Tensor) -> torch.Tensor:
+        return layer.moe_mlp(*inputs, recompute=recompute)
+
+    def plain(
+        x: torch.Tensor, weights: torch.Tensor, fc1: torch.Tensor, fc2: torch.Tensor, *shared: torch.Tensor
+    ) -> torch.Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        y = torch.zeros(x.shape, dtype=wide)
+        for expert, pair in enumerate(zip(fc1, fc2, strict=True)):
+            token, slot = torch.where(experts == expert)
+            terms = plain_mlp(x[token], *pair) * weights[token, slot].unsqueeze(-1)
+            y = y.index_add(0, token, terms.to(wide))
+        if shared:
+            common = plain_mlp(x, *shared[:2])
+            y = y + (common * torch.sigmoid(x @ shared[2].t()) if len(shared) == 3 else common)
+        return y.to(x.dtype)
+
+    grad = random((layer.tokens, layer.hidden), dtype, seed=2)
+    check_against_fp64(ours, plain, layer.inputs(dtype), [grad], backend, surround=False)
+
+
+def check_grouped_mlp(layer: Layer, dtype: torch.dtype, backend: str) -> None:
+    """Rows in expert order: the same as a top-1 layer whose tokens are sorted."""
+    layer = dataclasses.replace(layer, shared=0)
+    offsets = ops.expert_order(some_experts(layer.tokens, layer.experts, 1, layer.empty), layer.experts).offsets
+
+    def ours(x: torch.Tensor, weights: torch.Tensor, fc1: torch.Tensor, fc2: torch.Tensor) -> torch.Tensor:
+        wide = weights.to(torch.promote_types(weights.dtype, torch.float32))
+        return ops.grouped_mlp(x, wide, offsets, fc1.unbind(), fc2.unbind())
+
+    def plain(x: torch.Tensor, weights: torch.Tensor, fc1: torch.Tensor, fc2: torch.Tensor) -> torch.Tensor:
+        groups = zip(x.split(offsets.diff().tolist()), fc1, fc2, strict=True)
+        return torch.cat([plain_mlp(*each) for each in groups]) * weights.unsqueeze(-1)
+
+    x, weights, *matrices = layer.inputs(dtype)
+    grad = random((layer.tokens, layer.hidden), dtype, seed=2)
+    check_against_fp64(ours, plain, [x, weights[:, 0], *matrices], [grad], backend, surround=False)
+
+
+def check_main_grads(buffer_dtype: torch.dtype, backend: str) -> None:
+    """What was in a buffer stays, the gradient comes on top, and Megatron's hook is told."""
+    layer = Layer(tokens=19, experts=3, topk=2, hidden=24, width=20, shared=36)
+    x, weights, fc1, fc2, *shared = layer.inputs(torch.float32)
+    first, second, common = ([torch.nn.Parameter(each) for each in group] for group in (fc1, fc2, shared))
+
+    def run() -> None:
+        with ops.use_backend(backend):
+            y = ops.moe_mlp(x, weights, layer.order, first, second, shared=ops.SharedExpert(*common))
+            y.sum().backward()
+
+    run()
+    parameters = [*first, *second, *common]
+    plain = [each.grad.clone() for each in parameters]
+    for each in parameters:
+        each.main_grad = torch.full_like(each, 3.0, dtype=buffer_dtype)
+        each.grad_added_to_main_grad = False
+    run()
+    for each, grad in zip(parameters, plain, strict=True):
+        assert each.grad_added_to_main_grad
+        torch.testing.assert_close(each.main_grad - 3.0, grad.to(buffer_dtype), rtol=1e-5, atol=2e-5)
+
+
+def check_moe_same_bits_again(backend: str) -> None:
+    layer = Layer(tokens=37, experts=5, topk=2, hidden=24, width=20, shared=36)
+    grads = [random((37, 24), torch.bfloat16, seed=2)]
+    with ops.use_backend(backend):
+        once, again = (results(layer.moe_mlp, layer.inputs(torch.bfloat16), grads) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+LAYERS = {
+    "one token": Layer(tokens=1, experts=3, topk=2, hidden=67, width=33, shared=35),
+    "no token": Layer(tokens=0, experts=2, topk=1, hidden=8, width=4, shared=4),
+    "empty experts": Layer(tokens=37, experts=9, topk=2, hidden=33, width=17, shared=34, empty=(0, 4, 8)),
+    "all on one": Layer(tokens=23, experts=4, topk=1, hidden=16, width=16, empty=(0, 1, 3)),
+    "all experts": Layer(tokens=13, experts=4, topk=4, hidden=24, width=20, shared=40, gated=False),
+}

@@ -49,3 +49,23 @@ def test_permute(interpreted, tokens: int, experts: int, topk: int, hidden: int,
 
 def test_permute_beyond_32_bit_offsets(interpreted) -> None:
     interpreted(moe_checks.check_permute_offsets, "triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layer", moe_checks.LAYERS.values(), ids=moe_checks.LAYERS)
+def test_experts(interpreted, layer: moe_checks.Layer, dtype: torch.dtype) -> None:
+    interpreted(moe_checks.check_moe_mlp, layer, dtype, "triton")
+    interpreted(moe_checks.check_grouped_mlp, layer, dtype, "triton")
+
+
+def test_experts_recomputed(interpreted) -> None:
+    interpreted(moe_checks.check_moe_mlp, moe_checks.LAYERS["empty experts"], torch.float32, "triton", recompute=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["same", "wider"])
+def test_gradient_buffers_are_added_to(interpreted, dtype: torch.dtype) -> None:
+    interpreted(moe_checks.check_main_grads, dtype, "triton")
+
+
+def test_experts_give_the_same_bits_again(interpreted) -> None:
+    interpreted(moe_checks.check_moe_same_bits_again, "triton")

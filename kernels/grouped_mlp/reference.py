@@ -1,0 +1,236 @@
+"""Routed and shared experts of a layer: y = sum_j w_j MLP_{e_j}(x) + sigmoid(x g) MLP_s(x).
+
+MLP(x) = (silu(x W1g^T) * (x W1u^T)) W2^T, with W1 = [W1g; W1u] as Megatron-Core and Hugging Face store it. Source:
+transformers, Qwen2MoeSparseMoeBlock. In torch: one GEMM per group and matrix, everything else on the rows of a group
+while they are in the cache, and no Python per token. A row's weight multiplies the activation instead of the output:
+it is narrower, and the weight's gradient is (dy W2) . h, for which no output has to be kept.
+
+Shapes: T tokens, k experts per token, E experts of this rank, R rows in expert order (T k, or as many as came from
+other ranks), H hidden size, F and Fs widths of a routed and the shared expert. `packed` is flat: [R, 2F] of the routed
+rows, then [T, 2Fs] of the shared expert.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.nn import functional
+
+from ..moe_permute.reference import gather_sum
+
+# Numbers of a block of elementwise work: 256 KiB per operand in fp32.
+BLOCK_NUMBERS = 65536
+
+Sinks = Sequence[torch.Tensor | None]
+Gradients = tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]
+
+
+def forward(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    offsets: torch.Tensor,
+    source: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    fc1: list[torch.Tensor],
+    fc2: list[torch.Tensor],
+    shared: list[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return y ([T, H]; [R, H] if the rows of x are in expert order already) and `packed`.
+
+    Args:
+        x: [T, H]; [R, H] if `source` is None.
+        weights: [T, k]; [R] if `source` is None.
+        offsets: [E + 1], where each expert's rows begin.
+        source: [R] of `expert_order`, or None.
+        positions: [T, k] of `expert_order`, or None.
+        fc1: E times [2F, H].
+        fc2: E times [H, F].
+        shared: nothing; or [2Fs, H], [H, Fs] and, where it is gated, [1, H].
+    """
+    packed = x.new_empty(sum(packed_sizes(x, weights, fc1, shared)))
+    routed, common = packed_views(packed, x, weights, fc1, shared)
+    tokens, row_weights = _rows(weights, source, positions)
+    rows_y = x.new_empty(weights.numel(), x.shape[1])
+    buffer = _buffer(x, tokens, offsets)
+    for expert, rows in _groups(offsets):
+        torch.mm(_take(x, tokens, rows, buffer), fc1[expert].t(), out=routed[rows])
+        hidden = _activate(routed[rows], row_weights[rows])
+        torch.mm(hidden, fc2[expert].t(), out=rows_y[rows])
+    y = rows_y if positions is None else gather_sum(rows_y, positions)
+    if shared:
+        torch.mm(x, shared[0].t(), out=common)
+        y.addmm_(_activate(common, _gate(x, shared)), shared[1].t())
+    return y, packed
+
+
+def backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    offsets: torch.Tensor,
+    source: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    packed: torch.Tensor,
+    fc1: list[torch.Tensor],
+    fc2: list[torch.Tensor],
+    shared: list[torch.Tensor],
+    sinks: Sinks = (),
+) -> Gradients:
+    """Return the gradients of x, weights, fc1, fc2 and shared.
+
+    `grad` is that of y, `packed` that of `forward` or empty to compute it again, the rest as in `forward`. `sinks` has
+    for each of fc1, fc2 and shared, in this order, what its gradient is added to, or None; where it is added, an
+    uninitialised tensor is returned in its place.
+    """
+    routed, common = packed_views(packed, x, weights, fc1, shared) if packed.numel() else (None, None)
+    tokens, row_weights = _rows(weights, source, positions)
+    grad_rows = row_weights.new_empty(weights.numel())
+    grad_x_rows = x.new_empty(weights.numel(), x.shape[1])
+    grads = [torch.empty(0)] * (2 * len(fc1))
+    buffers = _buffer(x, tokens, offsets), _buffer(x, tokens, offsets)
+    sinks = sinks or [None] * (2 * len(fc1) + len(shared))
+    for expert, rows in _groups(offsets):
+        x_rows, grad_y = _take(x, tokens, rows, buffers[0]), _take(grad, tokens, rows, buffers[1])
+        first = x_rows @ fc1[expert].t() if routed is None else routed[rows]
+        hidden, grad_first, grad_rows[rows] = _backward_rows(grad_y @ fc2[expert], first, row_weights[rows])
+        torch.mm(grad_first, fc1[expert], out=grad_x_rows[rows])
+        for index, left, right in ((expert, grad_first, x_rows), (len(fc1) + expert, grad_y, hidden)):
+            grads[index] = _weight_gradient((*fc1, *fc2)[index], left, right, sinks[index])
+    grad_x = grad_x_rows if positions is None else gather_sum(grad_x_rows, positions)
+    grad_weights = grad_rows if positions is None else grad_rows[positions]
+    grads_shared = []
+    if shared:
+        first = x @ shared[0].t() if common is None else common
+        grads_shared = _backward_shared(grad, x, first, shared, grad_x, sinks[2 * len(fc1) :])
+    return grad_x, grad_weights, grads[: len(fc1)], grads[len(fc1) :], grads_shared
+
+
+def _backward_shared(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    first: torch.Tensor,
+    shared: list[torch.Tensor],
+    grad_x: torch.Tensor,
+    sinks: Sinks,
+) -> list[torch.Tensor]:
+    """Return the gradients of the shared expert's matrices, and add what flows through it to grad_x [T, H]."""
+    gate = _gate(x, shared)
+    hidden, grad_first, grad_gate = _backward_rows(grad @ shared[1], first, gate)
+    grad_x.addmm_(grad_first, shared[0])
+    operands = [(grad_first, x), (grad, hidden)]
+    if gate is not None:
+        # sigmoid' = s (1 - s)
+        grad_logit = (grad_gate * gate * (1.0 - gate)).to(x.dtype).unsqueeze(-1)
+        grad_x.addmm_(grad_logit, shared[2])
+        operands.append((grad_logit, x))
+    return [_weight_gradient(weight, *pair, sink) for weight, pair, sink in zip(shared, operands, sinks, strict=True)]
+
+
+def packed_sizes(
+    x: torch.Tensor, weights: torch.Tensor, fc1: list[torch.Tensor], shared: list[torch.Tensor]
+) -> tuple[int, int]:
+    """Return how many numbers of `packed` are the routed experts' and how many the shared one's."""
+    routed = weights.numel() * fc1[0].shape[0] if fc1 else 0
+    return routed, x.shape[0] * shared[0].shape[0] if shared else 0
+
+
+def packed_views(
+    packed: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, fc1: list[torch.Tensor], shared: list[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the parts [R, 2F] and [T, 2Fs] of `packed`; a part that is not there has no columns."""
+    routed, common = packed.split(packed_sizes(x, weights, fc1, shared))
+    return (
+        routed.view(weights.numel(), fc1[0].shape[0] if fc1 else 0),
+        common.view(x.shape[0], shared[0].shape[0] if shared else 0),
+    )
+
+
+def _rows(
+    weights: torch.Tensor, source: torch.Tensor | None, positions: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Return token and weight of each row; None for tokens if every row is a row of x."""
+    if source is None or positions is None:
+        return None, weights
+    return source.div(positions.shape[1], rounding_mode="floor"), weights.flatten().index_select(0, source)
+
+
+def _groups(offsets: torch.Tensor) -> Iterator[tuple[int, slice]]:
+    """Yield each expert and its rows."""
+    for expert, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
+        yield expert, slice(begin, end)
+
+
+def _buffer(x: torch.Tensor, tokens: torch.Tensor | None, offsets: torch.Tensor) -> torch.Tensor:
+    """Room for the rows of the largest group, used again by each: it stays in the cache."""
+    largest = 0 if tokens is None or len(offsets) < 2 else int(offsets.diff().max())
+    return x.new_empty(largest, x.shape[1])
+
+
+def _take(x: torch.Tensor, tokens: torch.Tensor | None, rows: slice, buffer: torch.Tensor) -> torch.Tensor:
+    """Return the rows of x of a group."""
+    if tokens is None:
+        return x[rows]
+    return torch.index_select(x, 0, tokens[rows], out=buffer[: rows.stop - rows.start])
+
+
+def _activate(packed: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """Return silu(gate) * up [N, F] of packed [N, 2F], weighted; in fp32 (fp64 for fp64), rounded once."""
+    hidden = packed.new_empty(packed.shape[0], packed.shape[1] // 2)
+    for rows in _blocks(hidden):
+        gate, up = _wide(packed[rows]).chunk(2, dim=-1)
+        silu_gate = functional.silu(gate)
+        if weights is not None:
+            silu_gate.mul_(weights[rows].unsqueeze(-1))
+        torch.mul(silu_gate, up, out=hidden[rows])
+    return hidden
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _blocks(hidden: torch.Tensor) -> Iterator[slice]:
+    """Yield blocks of rows whose elementwise steps stay in the cache: there are eight of them in backward."""
+    step = max(1, BLOCK_NUMBERS // max(1, hidden.shape[1]))
+    for begin in range(0, hidden.shape[0], step):
+        yield slice(begin, min(begin + step, hidden.shape[0]))
+
+
+def _gate(x: torch.Tensor, shared: list[torch.Tensor]) -> torch.Tensor | None:
+    """Return sigmoid(x g) [T] in fp32 (fp64 for fp64), or None where the shared expert has no gate."""
+    if len(shared) < 3:
+        return None
+    return torch.mv(x, shared[2][0]).to(torch.promote_types(x.dtype, torch.float32)).sigmoid_()
+
+
+def _backward_rows(
+    grad_hidden: torch.Tensor, packed: torch.Tensor, weights: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the weighted activation, and the gradients of packed and weights, from that of the weighted activation."""
+    hidden, grad_packed = torch.empty_like(grad_hidden), packed.new_empty(packed.shape)
+    grad_weights = packed.new_empty(packed.shape[0], dtype=torch.promote_types(packed.dtype, torch.float32))
+    width = hidden.shape[1]
+    for rows in _blocks(hidden):
+        gate, up = _wide(packed[rows]).chunk(2, dim=-1)
+        grad, silu_gate = _wide(grad_hidden[rows]), functional.silu(gate)
+        activated = silu_gate * up
+        torch.linalg.vecdot(grad, activated, out=grad_weights[rows])
+        if weights is not None:
+            grad = grad * weights[rows].unsqueeze(-1)
+            activated.mul_(weights[rows].unsqueeze(-1))
+        hidden[rows] = activated
+        torch.mul(grad, silu_gate, out=grad_packed[rows, width:])
+        grad_packed[rows, :width] = torch.ops.aten.silu_backward(grad * up, gate)
+    return hidden, grad_packed, grad_weights
+
+
+def _weight_gradient(
+    weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, sink: torch.Tensor | None
+) -> torch.Tensor:
+    """Return left^T right; or add it to `sink` and return an uninitialised tensor."""
+    if sink is None:
+        return left.t() @ right
+    sink.addmm_(left.t(), right)
+    return torch.empty_like(weight)
