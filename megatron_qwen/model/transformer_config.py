@@ -43,7 +43,7 @@ def make_transformer_config(
 
     layout = layout or ParallelLayout()
     dtype = torch.bfloat16 if dtype is None else dtype
-    fixed = _architecture(config) | layout.transformer_config_fields(config.num_hidden_layers) | _precision(dtype)
+    fixed = architecture_fields(config) | layout.transformer_config_fields(config.num_hidden_layers) | _precision(dtype)
     _require_known(overrides, fixed, {field.name for field in dataclasses.fields(TransformerConfig)})
     impl = overrides.get("transformer_impl") or ("transformer_engine" if transformer_engine_by_default() else "local")
     fields = _defaults(config, layout, impl) | _as_parsed(layout) | overrides | {"transformer_impl": impl}
@@ -64,7 +64,8 @@ def transformer_engine_by_default() -> bool:
     return torch.cuda.is_available() and compat.has_transformer_engine()
 
 
-def _architecture(config: QwenConfig) -> dict[str, Any]:
+def architecture_fields(config: QwenConfig) -> dict[str, Any]:
+    """Return the `TransformerConfig` fields that the model alone decides."""
     fields: dict[str, Any] = {
         "num_layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,

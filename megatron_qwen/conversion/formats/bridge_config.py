@@ -15,7 +15,7 @@ import yaml
 from megatron_qwen.conversion.interfaces import OutputFile, bytes_file
 from megatron_qwen.model.config import QwenConfig
 from megatron_qwen.model.rope import yarn_fields
-from megatron_qwen.model.transformer_config import megatron_aux_loss_coefficient
+from megatron_qwen.model.transformer_config import architecture_fields, megatron_aux_loss_coefficient
 from megatron_qwen.parallel.layout import ParallelLayout
 
 RUN_CONFIG_NAME = "run_config.yaml"
@@ -47,18 +47,8 @@ def model_section(config: QwenConfig, layout: ParallelLayout) -> dict[str, Any]:
     dtype = _reference(f"torch.{config.torch_dtype}")
     section: dict[str, Any] = {
         "_target_": _PROVIDER,
-        "num_layers": config.num_hidden_layers,
-        "hidden_size": config.hidden_size,
-        "ffn_hidden_size": config.intermediate_size,
-        "num_attention_heads": config.num_attention_heads,
-        "num_query_groups": config.num_key_value_heads,
-        "kv_channels": config.head_dim,
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": config.rms_norm_eps,
-        "gated_linear_unit": True,
+        **architecture_fields(config),
         "activation_func": _reference("torch.nn.functional.silu"),
-        "add_bias_linear": False,
-        "add_qkv_bias": True,
         "attention_dropout": config.attention_dropout,
         "hidden_dropout": 0.0,
         "init_method_std": config.initializer_range,
@@ -83,22 +73,14 @@ def model_section(config: QwenConfig, layout: ParallelLayout) -> dict[str, Any]:
 def _moe_fields(config: QwenConfig) -> dict[str, Any]:
     if not config.is_moe:
         return {}
-    is_moe = config.moe_layers()
     fields: dict[str, Any] = {
-        "num_moe_experts": config.num_experts,
-        "moe_router_topk": config.num_experts_per_tok,
-        "moe_ffn_hidden_size": config.moe_intermediate_size,
-        "moe_shared_expert_intermediate_size": config.shared_expert_intermediate_size,
-        "moe_shared_expert_gate": True,
-        "moe_layer_freq": 1 if all(is_moe) else [int(each) for each in is_moe],
-        "moe_router_pre_softmax": not config.norm_topk_prob,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "aux_loss",
         "moe_aux_loss_coeff": megatron_aux_loss_coefficient(config),
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": True,
     }
-    if not all(is_moe):
+    if not all(config.moe_layers()):
         # The provider's own choice is one kind of layer for all.
         fields["transformer_layer_spec"] = {
             "_target_": "megatron.core.models.gpt.gpt_layer_specs.get_gpt_decoder_block_spec",
