@@ -1,4 +1,18 @@
-"""Checkpoints between Hugging Face and Megatron; the public names are loaded on first use, without torch before."""
+"""Checkpoints between Hugging Face and Megatron; the public names are loaded on first use, without torch before.
+
+names, transforms, parameters, rows    the table: which tensor is which, how it is rearranged, row by row
+interfaces                             what a source and an output are
+formats/                               hf, torch_dist, legacy: each a source and an output; what goes beside them
+plan                                   the proof, from headers and configuration alone
+options, run, report                   import_hf, export_hf, reshard: what is asked, done and said
+outputs, resharding                    the files of a target, of weights and of a training step
+optimizer/                             optimizer state, for resharding
+engine/                                writes any output: threads, memory budget, staging, resume, verification
+comparison/                            verify: bits, digests, logits
+loading, upcycle                       weights into a model; a MoE from a dense model
+
+docs/conversion.md has the longer map.
+"""
 
 from __future__ import annotations
 
