@@ -125,16 +125,17 @@ def resume(server: CommandServer, verb: Verb, target: Path, point: str, *options
     return ended
 
 
-# Every point with some verb, and every verb at some points; the whole grid is run by `make test-all`.
+# Every point with some verb, and every verb at some points; the whole grid is run by `make test-all`. The functions
+# behind the commands are killed at all points of two verbs in tests/conversion/test_conversion_resume.py.
 SPREAD = ("import", "export", "reshard", "import to ranks", "reshard back")
 
 
-def grid(points: Iterable[Any], every: Sequence[str] = SPREAD, always: int = 1) -> list[Any]:
-    """Return (point, verb) cases: `always` verbs per point, in turn, and the others marked as exhaustive."""
+def grid(points: Iterable[Any], every: Sequence[str] = SPREAD) -> list[Any]:
+    """Return (point, verb) cases: one verb per point, in turn, and the others marked as exhaustive."""
     cases = []
     for number, point in enumerate(points):
         for offset in range(len(every)):
-            marks = [] if offset < always else [pytest.mark.exhaustive]
+            marks = [] if offset == 0 else [pytest.mark.exhaustive]
             name = every[(number + offset) % len(every)]
             cases.append(pytest.param(point, name, marks=marks, id=f"{point}-{name}"))
     return cases
@@ -144,7 +145,7 @@ NTH = {"convert.piece": (1, 7), "convert.file": (1, 2), "convert.journal": (1, 2
 KILLS = [f"{point}:{nth}" for point in POINTS for nth in NTH.get(point, (1,))]
 
 
-@pytest.mark.parametrize(("place", "name"), grid(KILLS, always=2))
+@pytest.mark.parametrize(("place", "name"), grid(KILLS))
 def test_1_killed_conversion_leaves_nothing_or_all_and_resumes_to_the_same_bytes(
     server: CommandServer, verbs: dict[str, Verb], tmp_path: Path, name: str, place: str
 ) -> None:
@@ -218,8 +219,18 @@ def test_1_an_error_of_ours_at_any_point_leaves_nothing_aside(
 STOPPABLE = ("convert.planned", "convert.skeleton", "convert.piece", "convert.file", "convert.journal")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize(("point", "name"), grid(STOPPABLE))
+def signals_in_turn() -> list[Any]:
+    """Return (point, verb, signal) cases: every point and verb with one of the signals, the others exhaustive."""
+    cases = []
+    for number, case in enumerate(grid(STOPPABLE)):
+        # Five verbs per point, so that the signal alternates over the first verbs of the points.
+        for offset, sent in enumerate((signal.SIGINT, signal.SIGTERM)):
+            marks = case.marks if offset == number % 2 else [pytest.mark.exhaustive]
+            cases.append(pytest.param(*case.values, sent, marks=marks, id=f"{case.id}-{sent.name}"))
+    return cases
+
+
+@pytest.mark.parametrize(("point", "name", "number"), signals_in_turn())
 def test_2_interrupted_conversion_ends_with_130_and_resumes(
     server: CommandServer, verbs: dict[str, Verb], tmp_path: Path, name: str, number: int, point: str
 ) -> None:
