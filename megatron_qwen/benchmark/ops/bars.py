@@ -42,7 +42,7 @@ class Bar:
     def about(self) -> str:
         """Return the bar in words."""
         asked = [f">= {self.fraction:g} of the ceiling"] if self.fraction else []
-        asked += [f">= {factor:g}x {'/'.join(peers)}" for peers, factor in self.ahead]
+        asked += [f">= {factor:.3g}x {'/'.join(peers)}" for peers, factor in self.ahead]
         asked += [f"<= {self.memory[1]:g} of the memory of {'/'.join(self.memory[0])}"] if self.memory else []
         asked += [f"<= {self.beside[1]:g}x the time of {self.beside[0]}"] if self.beside else []
         return f"{self.case} {self.direction}: {', '.join(asked)}"
@@ -117,9 +117,14 @@ def judge(rows: Sequence[OpRow], bars: Sequence[Bar] = BARS) -> tuple[Judgement,
 
 
 def _judge_bar(bar: Bar, rows: Sequence[OpRow]) -> Judgement:
-    found = [part for model in bar.models for tokens in bar.tokens for part in _judge_shape(bar, rows, model, tokens)]
-    status = _overall({status for status, _ in found})
-    return Judgement(bar=bar.name, about=bar.about(), status=status, detail="; ".join(text for _, text in found))
+    statuses, texts = set(), []
+    for model in bar.models:
+        for tokens in bar.tokens:
+            found = _judge_shape(bar, rows, model, tokens)
+            statuses |= {status for status, _ in found}
+            parts = [text + (f" {status.upper()}" if status in ("fail", "unclear") else "") for status, text in found]
+            texts.append(f"{model} {tokens}: {', '.join(parts)}")
+    return Judgement(bar=bar.name, about=bar.about(), status=_overall(statuses), detail="; ".join(texts))
 
 
 def _overall(statuses: set[str]) -> str:
@@ -133,56 +138,53 @@ def _overall(statuses: set[str]) -> str:
 
 
 def _judge_shape(bar: Bar, rows: Sequence[OpRow], model: str, tokens: int) -> list[tuple[str, str]]:
+    """Return (status, figure) of every condition."""
     here = [row for row in rows if _is_at(row, bar.case, bar.direction, model, tokens)]
-    where = f"{model} {tokens}"
     ours = _fastest([row for row in here if row.is_ours])
     if ours is None:
-        wrong = [row for row in here if row.is_ours and row.status == "wrong"]
-        return [("fail" if wrong else "not judged", f"{where}: {'ours is wrong' if wrong else 'ours was not timed'}")]
+        is_wrong = any(row.is_ours and row.status == "wrong" for row in here)
+        return [("fail", "ours is wrong") if is_wrong else ("not judged", "ours was not timed")]
     spread = max(row.spread for row in here)
-    where += f" ({ours.contestant})"
     found = []
     if bar.fraction:
-        found.append(_verdict(ours.fraction, bar.fraction, spread, f"{where}: {ours.fraction:.3f} of the ceiling"))
+        found.append(_verdict(ours.fraction, bar.fraction, spread, f"{ours.contestant} {ours.fraction:.3f}"))
     for names, factor in bar.ahead:
         peer = _fastest([row for row in here if row.contestant in names])
         if peer is None:
-            found.append(("not judged", f"{where}: none of {', '.join(names)} was timed"))
+            found.append(("not judged", f"no {'/'.join(names)}"))
             continue
         ratio = peer.median / ours.median
-        found.append(_verdict(ratio, factor, spread, f"{where}: {ratio:.2f}x {peer.contestant}"))
+        found.append(_verdict(ratio, factor, spread, f"{ratio:.2f}x {peer.contestant}"))
     if bar.memory:
-        found += _judge_memory(bar.memory, ours, here, where)
+        found += _judge_memory(bar.memory, ours, here)
     if bar.beside:
         case, factor = bar.beside
         other = _fastest([row for row in rows if row.is_ours and _is_at(row, case, bar.direction, model, tokens)])
         if other is None:
-            found.append(("not judged", f"{where}: {case} was not timed"))
+            found.append(("not judged", f"{case} was not timed"))
         else:
-            ratio = other.median / ours.median
-            found.append(_verdict(ratio, 1 / factor, spread, f"{where}: {1 / ratio:.3f}x the time of {case}"))
+            ratio = ours.median / other.median
+            found.append(_verdict(1 / ratio, 1 / factor, spread, f"{ratio:.3f}x the time of {case}"))
     return found
 
 
-def _judge_memory(
-    memory: tuple[tuple[str, ...], float], ours: OpRow, here: Sequence[OpRow], where: str
-) -> list[tuple[str, str]]:
+def _judge_memory(memory: tuple[tuple[str, ...], float], ours: OpRow, here: Sequence[OpRow]) -> list[tuple[str, str]]:
     names, part = memory
     found = []
     for name in names:
         peer = _fastest([row for row in here if row.contestant == name])
         if peer is None or not peer.peak_bytes or not ours.peak_bytes:
-            found.append(("not judged", f"{where}: memory of {name} is not known"))
+            found.append(("not judged", f"memory of {name} is not known"))
             continue
         share = ours.peak_bytes / peer.peak_bytes
-        found.append(("pass" if share <= part else "fail", f"{where}: {share:.3f} of the memory of {name}"))
+        found.append(("pass" if share <= part else "fail", f"{share:.3f} of the memory of {name}"))
     return found
 
 
 def _verdict(value: float, asked: float, spread: float, text: str) -> tuple[str, str]:
     if value >= asked * (1 + spread):
         return "pass", text
-    return ("unclear", f"{text}, within the noise of {spread:.1%}") if value >= asked else ("fail", text)
+    return ("unclear", f"{text} (noise {spread:.1%})") if value >= asked else ("fail", text)
 
 
 def _is_at(row: OpRow, case: str, direction: str, model: str, tokens: int) -> bool:
