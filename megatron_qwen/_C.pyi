@@ -1,5 +1,12 @@
 from typing import TypedDict
 
+# Tables (cos, sin, rows, half); positions (address, bytes of one, tokens per position); layout (groups, queries per
+# group, head_dim); heads (address, strides of sequence, batch and heads).
+_Tables = tuple[int, int, int, int]
+_Positions = tuple[int, int, int]
+_Layout = tuple[int, int, int]
+_Heads = tuple[int, int, int, int]
+
 class BuildInfo(TypedDict):
     version: str
     cxx_compiler: str
@@ -10,3 +17,104 @@ class BuildInfo(TypedDict):
 def build_info() -> BuildInfo: ...
 def copy_bandwidth(destination: int, source: int, num_bytes: int, stream: int = 0, *, num_blocks: int = 0) -> None: ...
 def column_sum(*, partial: int, out: int, rows: int, columns: int, dtype: str, stream: int = 0) -> None: ...
+def rms_norm_forward(
+    *,
+    x: int,
+    residual: int,
+    weight: int,
+    y: int,
+    sum: int,
+    inverse_rms: int,
+    rows: int,
+    hidden: int,
+    x_stride: int,
+    residual_stride: int,
+    eps: float,
+    dtype: str,
+    weight_dtype: str,
+    stream: int = 0,
+) -> None: ...
+def rms_norm_backward_programs(*, rows: int, hidden: int, dtype: str, adds: bool) -> int: ...
+def rms_norm_backward(
+    *,
+    grad: int,
+    grad_sum: int,
+    x: int,
+    weight: int,
+    inverse_rms: int,
+    grad_x: int,
+    grad_weight: int,
+    partial: int,
+    rows: int,
+    hidden: int,
+    x_stride: int,
+    num_programs: int,
+    dtype: str,
+    weight_dtype: str,
+    stream: int = 0,
+) -> None: ...
+def swiglu_forward(
+    *, packed: int, out: int, rows: int, width: int, packed_stride: int, dtype: str, stream: int = 0
+) -> None: ...
+def swiglu_backward(
+    *,
+    grad: int,
+    packed: int,
+    grad_packed: int,
+    rows: int,
+    width: int,
+    grad_stride: int,
+    packed_stride: int,
+    dtype: str,
+    stream: int = 0,
+) -> None: ...
+def qkv_rope_forward(
+    *,
+    packed: int,
+    bias: int,
+    q: int,
+    k: int,
+    v: int,
+    tables: _Tables,
+    positions: _Positions,
+    layout: _Layout,
+    tokens: int,
+    packed_stride: int,
+    dtype: str,
+    bias_dtype: str,
+    stream: int = 0,
+) -> None: ...
+def qkv_rope_backward_programs(*, layout: _Layout, half: int, tokens: int, dtype: str) -> int: ...
+def qkv_rope_backward(
+    *,
+    grad_q: _Heads,
+    grad_k: _Heads,
+    grad_v: _Heads,
+    grad_packed: int,
+    grad_bias: int,
+    partial: int,
+    tables: _Tables,
+    positions: _Positions,
+    layout: _Layout,
+    tokens: int,
+    batch: int,
+    num_programs: int,
+    dtype: str,
+    bias_dtype: str,
+    stream: int = 0,
+) -> None: ...
+def rope(
+    *,
+    q: _Heads,
+    k: _Heads,
+    tables: _Tables,
+    positions: _Positions,
+    q_heads: int,
+    k_heads: int,
+    head_dim: int,
+    tokens: int,
+    batch: int,
+    inverse: bool,
+    dtype: str,
+    stream: int = 0,
+) -> None: ...

@@ -4,21 +4,42 @@
 
 #include "megatron_qwen/column_sum.h"
 #include "megatron_qwen/copy_bandwidth.h"
+#include "megatron_qwen/qkv_rope.h"
+#include "megatron_qwen/rms_norm.h"
+#include "megatron_qwen/swiglu.h"
 
 namespace megatron_qwen {
 namespace {
 
-template <typename Params>
-[[noreturn]] void refuse(const char* op, const Params& params) {
-  check(params);
+[[noreturn]] void refuse(const char* op) {
   throw std::runtime_error(std::string(op) +
                            ": megatron_qwen._C was built without CUDA kernels; reinstall where nvcc is, with "
                            "MEGATRON_QWEN_CUDA=on");
+}
+
+template <typename Params>
+[[noreturn]] void refuse(const char* op, const Params& params) {
+  check(params);
+  refuse(op);
 }
 
 }  // namespace
 
 void column_sum(const ColumnSumParams& params) { refuse("column_sum", params); }
 void copy_bandwidth(const CopyBandwidthParams& params) { refuse("copy_bandwidth", params); }
+void rms_norm_forward(const RMSNormForwardParams& params) { refuse("rms_norm_forward", params); }
+void rms_norm_backward(const RMSNormBackwardParams& params) { refuse("rms_norm_backward", params); }
+std::int64_t rms_norm_backward_programs(std::int64_t, std::int64_t, DType, bool) {
+  refuse("rms_norm_backward_programs");
+}
+void swiglu_forward(const SwiGLUForwardParams& params) { refuse("swiglu_forward", params); }
+void swiglu_backward(const SwiGLUBackwardParams& params) { refuse("swiglu_backward", params); }
+void qkv_rope_forward(const QkvRopeForwardParams& params) { refuse("qkv_rope_forward", params); }
+void qkv_rope_backward(const QkvRopeBackwardParams& params) { refuse("qkv_rope_backward", params); }
+void rope(const RopeParams& params) { refuse("rope", params); }
+
+std::int64_t qkv_rope_backward_programs(const QkvLayout& layout, std::int64_t half, std::int64_t tokens, DType dtype) {
+  return qkv_rope_backward_programs(layout, half, tokens, dtype, 1);
+}
 
 }  // namespace megatron_qwen

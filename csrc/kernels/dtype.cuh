@@ -16,6 +16,13 @@ struct TypeTag {
   using type = T;
 };
 
+template <typename T>
+constexpr DType dtype_of = DType::kFloat32;
+template <>
+constexpr DType dtype_of<__nv_bfloat16> = DType::kBFloat16;
+template <>
+constexpr DType dtype_of<__half> = DType::kFloat16;
+
 // Calls launch(TypeTag<T>{}) with the T of `dtype`.
 template <typename Launch>
 void dispatch(DType dtype, Launch&& launch) {

@@ -6,13 +6,12 @@ between threads; the bias stays in registers over the program's tokens, and so d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
 from ..column_sum import launch_column_sum, programs_of_first_stage
+from .layout import Layout
 
 BLOCK_HEADS = 16
 # Tokens that share one load of the bias; their loads are independent and in flight together.
@@ -176,41 +175,33 @@ def qkv_rope_backward_kernel(
             tl.store(partial_ptr + chunk * WIDTH + head * HEAD_DIM + rest, bias3, mask=within)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """Sizes of a packed row: groups, heads per group (query heads + 2), head size, half of the rotated dimensions."""
+def _constants(layout: Layout) -> dict[str, int]:
+    """Return the compile-time arguments of both kernels, num_warps among them."""
+    heads, rest = layout.groups * layout.per_group, layout.head_dim - 2 * layout.half
+    block_heads = min(BLOCK_HEADS, triton.next_power_of_2(heads))
+    block_half = triton.next_power_of_2(layout.half)
+    return {
+        "GROUPS": layout.groups,
+        "PER_GROUP": layout.per_group,
+        "HEAD_DIM": layout.head_dim,
+        "HALF": layout.half,
+        "BLOCK_HEADS": block_heads,
+        "BLOCK_HALF": block_half,
+        "BLOCK_REST": triton.next_power_of_2(rest) if rest else 0,
+        # 8 elements per thread: one 16-byte access of bf16 per half.
+        "num_warps": min(8, max(1, block_heads * block_half // 256)),
+    }
 
-    groups: int
-    per_group: int
-    head_dim: int
-    half: int
 
-    def constants(self) -> dict[str, int]:
-        """Return the compile-time arguments of both kernels, num_warps among them."""
-        heads, rest = self.groups * self.per_group, self.head_dim - 2 * self.half
-        block_heads = min(BLOCK_HEADS, triton.next_power_of_2(heads))
-        block_half = triton.next_power_of_2(self.half)
-        return {
-            "GROUPS": self.groups,
-            "PER_GROUP": self.per_group,
-            "HEAD_DIM": self.head_dim,
-            "HALF": self.half,
-            "BLOCK_HEADS": block_heads,
-            "BLOCK_HALF": block_half,
-            "BLOCK_REST": triton.next_power_of_2(rest) if rest else 0,
-            # 8 elements per thread: one 16-byte access of bf16 per half.
-            "num_warps": min(8, max(1, block_heads * block_half // 256)),
-        }
+def _forward_registers(layout: Layout, dtype: torch.dtype) -> int | None:
+    """`maxnreg` of forward: without it ptxas goes from 64 to 56, and spills for that at 3B and 14B with positions."""
+    is_whole = 2 * layout.half == layout.head_dim and triton.next_power_of_2(layout.half) == layout.half
+    return 64 if is_whole and dtype.itemsize == 2 else None
 
-    def register_limit(self, dtype: torch.dtype) -> int | None:
-        """Return `maxnreg` of forward: without it ptxas spills two registers of 3B and 14B to get from 64 to 56."""
-        block_half = triton.next_power_of_2(self.half)
-        is_whole = 2 * self.half == self.head_dim and block_half == self.half
-        return 64 if is_whole and dtype.itemsize == 2 else None
 
-    def head_blocks(self) -> int:
-        """Return how many programs share the heads of a token."""
-        return int(triton.cdiv(self.groups * self.per_group, self.constants()["BLOCK_HEADS"]))
+def _head_blocks(layout: Layout) -> int:
+    """Return how many programs share the heads of a token."""
+    return int(triton.cdiv(layout.groups * layout.per_group, _constants(layout)["BLOCK_HEADS"]))
 
 
 def launch_forward(
@@ -224,11 +215,11 @@ def launch_forward(
 ) -> None:
     """Fill q, k, v, contiguous, from packed [T, W] with any row stride; token t has position positions[t // repeat]."""
     tokens = packed.shape[0]
-    grid = (triton.cdiv(tokens, TOKENS) * layout.head_blocks(),)
+    grid = (triton.cdiv(tokens, TOKENS) * _head_blocks(layout),)
     qkv_rope_forward_kernel[grid](
         packed, bias, *tables, positions, *outputs, tokens, tables[0].shape[0], repeat, packed.stride(0),
         HAS_BIAS=bias is not None, HAS_POSITIONS=positions is not None, TOKENS=TOKENS,
-        maxnreg=layout.register_limit(packed.dtype), **layout.constants(),
+        maxnreg=_forward_registers(layout, packed.dtype), **_constants(layout),
     )  # fmt: skip
 
 
@@ -243,7 +234,7 @@ def launch_backward(
 ) -> None:
     """Fill grad_packed [T, W], contiguous, and grad_bias [W] from grads [S, B, heads, D], each head contiguous."""
     tokens, width = grad_packed.shape
-    head_blocks = layout.head_blocks()
+    head_blocks = _head_blocks(layout)
     chunks = max(1, programs_of_first_stage(tokens, grad_packed.device) // head_blocks)
     tokens_per_program = triton.cdiv(tokens, chunks)
     chunks = triton.cdiv(tokens, tokens_per_program)
@@ -254,7 +245,7 @@ def launch_backward(
     qkv_rope_backward_kernel[(chunks * head_blocks,)](
         *grads, *tables, positions, grad_packed, partial, tokens, tokens_per_program, tables[0].shape[0], repeat,
         grads[0].shape[1], *strides, HAS_BIAS=partial is not None, HAS_POSITIONS=positions is not None,
-        **layout.constants(),
+        **_constants(layout),
     )  # fmt: skip
     if partial is not None and grad_bias is not None:
         launch_column_sum(partial, grad_bias)

@@ -9,12 +9,14 @@ import torch
 
 from ...errors import ConfigError
 from .. import checks
-from ..backends import backend_for, register_operation
+from ..backends import backend_for, launches, register_operation
 from ..registration import register_differentiable
 from . import reference
+from .layout import Layout
+from .tables import check_positions, check_tables
 
 OP = "qkv_rope"
-register_operation(OP, "triton")
+register_operation(OP, "triton", "cuda")
 
 Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -28,20 +30,19 @@ def _forward(
     num_groups: int,
     head_dim: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if backend_for(OP, packed) == "reference":
+    backend = backend_for(OP, packed)
+    if backend == "reference":
         return reference.forward(packed, cos, sin, bias, positions, num_groups, head_dim)
     outputs = _forward_fake(packed, cos, sin, bias, positions, num_groups, head_dim)
     if packed.numel():
-        from . import kernel
-
-        kernel.launch_forward(
+        launches(OP, backend).launch_forward(
             checks.as_rows(OP, "packed", packed),
             None if bias is None else bias.contiguous(),
             (cos, sin),
             positions,
             _tokens_per_position(packed, positions),
             outputs,
-            kernel.Layout(
+            Layout(
                 groups=num_groups,
                 per_group=packed.shape[-1] // head_dim // num_groups,
                 head_dim=head_dim,
@@ -75,26 +76,23 @@ def _backward(
     bias: torch.Tensor | None,
     positions: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if backend_for(OP, packed) == "reference":
+    backend = backend_for(OP, packed)
+    if backend == "reference":
         grads = grad_q, grad_k, grad_v
         grad_packed, grad_bias = reference.backward(grads, packed, cos, sin, positions, bias is not None)
         return grad_packed, packed.new_empty(0) if bias is None or grad_bias is None else grad_bias.to(bias.dtype)
     grad_packed, grad_bias = _backward_fake(grad_q, grad_k, grad_v, packed, cos, sin, bias, positions)
     if not packed.numel():
         return grad_packed, grad_bias.zero_()
-    from . import kernel
-
     groups, head_dim = grad_k.shape[-2:]
-    kernel.launch_backward(
+    launches(OP, backend).launch_backward(
         (_with_batch(grad_q), _with_batch(grad_k), _with_batch(grad_v)),
         (cos, sin),
         positions,
         _tokens_per_position(packed, positions),
         grad_packed.view(-1, packed.shape[-1]),
         None if bias is None else grad_bias,
-        kernel.Layout(
-            groups=groups, per_group=packed.shape[-1] // head_dim // groups, head_dim=head_dim, half=cos.shape[-1]
-        ),
+        Layout(groups=groups, per_group=packed.shape[-1] // head_dim // groups, head_dim=head_dim, half=cos.shape[-1]),
     )
     return grad_packed, grad_bias
 
@@ -182,7 +180,7 @@ def qkv_rope(
         checks.require_floating(OP, "bias", bias)
         checks.require_shape(OP, "bias", bias, (packed.shape[-1],))
         checks.require_device(OP, "bias", bias, packed, "packed")
-    _check_positions(packed, cos, positions)
+    check_positions(OP, "packed", packed, packed.shape[:-1], cos, positions)
     return _qkv_rope(packed, cos, sin, bias, positions, num_groups, head_dim)  # type: ignore[no-any-return]
 
 
@@ -196,31 +194,4 @@ def _check(packed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_group
             f"{OP}: packed has rows of {width}; expected num_groups * (M + 2) * head_dim with M >= 1, "
             f"num_groups {num_groups} and head_dim {head_dim}"
         )
-    for name, table in (("cos", cos), ("sin", sin)):
-        if table.dim() != 2 or table.shape != cos.shape or not 0 < 2 * table.shape[1] <= head_dim:
-            raise ConfigError(
-                f"{OP}: {name} has shape {tuple(table.shape)}; expected [positions, R / 2] with R at most {head_dim}, "
-                "the same for cos and sin"
-            )
-        checks.require_dtype(OP, name, table, torch.promote_types(packed.dtype, torch.float32))
-        checks.require_device(OP, name, table, packed, "packed")
-        if not table.is_contiguous():
-            raise ConfigError(f"{OP}: {name} has strides {table.stride()}; expected a contiguous table")
-
-
-def _check_positions(packed: torch.Tensor, cos: torch.Tensor, positions: torch.Tensor | None) -> None:
-    if positions is None:
-        if packed.shape[0] > cos.shape[0]:
-            raise ConfigError(
-                f"{OP}: packed has {packed.shape[0]} positions; expected at most {cos.shape[0]}, the rows of cos"
-            )
-        return
-    if positions.dtype not in (torch.int32, torch.int64):
-        raise ConfigError(f"{OP}: positions has dtype {positions.dtype}; expected torch.int32 or torch.int64")
-    allowed = [tuple(packed.shape[:-1]), tuple(packed.shape[:1])]
-    if tuple(positions.shape) not in allowed or not positions.is_contiguous():
-        raise ConfigError(
-            f"{OP}: positions has shape {tuple(positions.shape)}, strides {positions.stride()}; "
-            f"expected {' or '.join(map(str, dict.fromkeys(allowed)))}, contiguous"
-        )
-    checks.require_device(OP, "positions", positions, packed, "packed")
+    check_tables(OP, "packed", packed, cos, sin, head_dim)

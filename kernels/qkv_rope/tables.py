@@ -10,6 +10,7 @@ import itertools
 import torch
 
 from ...errors import ConfigError
+from .. import checks
 
 
 def rope_tables(inv_freq: torch.Tensor, length: int, *, mscale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,3 +77,36 @@ def context_parallel_positions(length: int, *, cp_size: int, cp_rank: int) -> to
     first, second = cp_rank * piece, (2 * cp_size - 1 - cp_rank) * piece
     starts = torch.tensor([[first], [second]], dtype=torch.int32)
     return (starts + torch.arange(piece, dtype=torch.int32)).flatten()
+
+
+def check_tables(op: str, name: str, like: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, head_dim: int) -> None:
+    """Raise ConfigError unless both tables fit heads of `head_dim` numbers of tensor `like`, which is called `name`."""
+    for table_name, table in (("cos", cos), ("sin", sin)):
+        if table.dim() != 2 or table.shape != cos.shape or not 0 < 2 * table.shape[1] <= head_dim:
+            raise ConfigError(
+                f"{op}: {table_name} has shape {tuple(table.shape)}; expected [positions, R / 2] with R at most "
+                f"{head_dim}, the same for cos and sin"
+            )
+        checks.require_dtype(op, table_name, table, torch.promote_types(like.dtype, torch.float32))
+        checks.require_device(op, table_name, table, like, name)
+        if not table.is_contiguous():
+            raise ConfigError(f"{op}: {table_name} has strides {table.stride()}; expected a contiguous table")
+
+
+def check_positions(
+    op: str, name: str, like: torch.Tensor, lead: torch.Size, cos: torch.Tensor, positions: torch.Tensor | None
+) -> None:
+    """Raise ConfigError unless positions fit tokens [S, B] or [T], the axes `lead` of `like`, which is called `name`."""
+    if positions is None:
+        if lead[0] > cos.shape[0]:
+            raise ConfigError(f"{op}: {name} has {lead[0]} positions; expected at most {cos.shape[0]}, the rows of cos")
+        return
+    if positions.dtype not in (torch.int32, torch.int64):
+        raise ConfigError(f"{op}: positions has dtype {positions.dtype}; expected torch.int32 or torch.int64")
+    allowed = [tuple(lead), tuple(lead[:1])]
+    if tuple(positions.shape) not in allowed or not positions.is_contiguous():
+        raise ConfigError(
+            f"{op}: positions has shape {tuple(positions.shape)}, strides {positions.stride()}; "
+            f"expected {' or '.join(map(str, dict.fromkeys(allowed)))}, contiguous"
+        )
+    checks.require_device(op, "positions", positions, like, name)

@@ -4,10 +4,14 @@ import concurrent.futures
 import importlib.util
 import multiprocessing
 import os
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+from emulated_extension import Emulation, build_emulated, emulated_cuda
 
 from megatron_qwen.testing.interpreter import round_as_a_device_does
 
@@ -38,3 +42,19 @@ def interpreted() -> Iterator[Callable[..., Any]]:
 
     with pool:
         yield run
+
+
+@pytest.fixture(scope="session")
+def emulated_module(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """megatron_qwen._C with its CUDA kernels compiled for the CPU; built once for all workers of a run."""
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("no C++ compiler")
+    base: Path = tmp_path_factory.getbasetemp()
+    return build_emulated((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "emulated")
+
+
+@pytest.fixture
+def emulation(emulated_module: ModuleType) -> Iterator[Emulation]:
+    """Backend "cuda" takes CPU tensors."""
+    with emulated_cuda(emulated_module) as emulation:
+        yield emulation
