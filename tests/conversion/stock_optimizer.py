@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from stock_model import enter, stock_chunks
 
 from megatron_qwen.conversion.formats.legacy.layout import folder_name
 from megatron_qwen.model.config import QwenConfig
@@ -49,20 +50,6 @@ class Stock:
         return tensors
 
 
-def enter(layout: ParallelLayout) -> None:
-    """Change the layout and keep the process group: a second one cannot be formed over the same store."""
-    from megatron_qwen.parallel import groups
-
-    if torch.distributed.is_initialized():
-        from megatron.core import parallel_state
-
-        if groups._active == layout.resolve(torch.distributed.get_world_size()):
-            return  # dozens of gloo groups are slow to form
-        parallel_state.destroy_model_parallel()
-        groups._active = None
-    groups.initialize(layout)
-
-
 def build(
     config: QwenConfig,
     layout: ParallelLayout,
@@ -74,36 +61,20 @@ def build(
     min_lr: float | None = None,
 ) -> Stock:
     """Megatron's model with Megatron's local spec, DDP and optimizer; of ours only the configuration."""
-    from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-    from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 
     enter(layout)
-    transformer_config = config.to_transformer_config(layout, dtype=dtype)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=distributed,
         bucket_size=bucket_size,
         overlap_grad_reduce=bucket_size is not None,
     )
-    chunks = []
-    for stage in range(layout.vpp) if layout.vpp > 1 else [None]:
-        model = GPTModel(
-            transformer_config,
-            get_gpt_decoder_block_spec(
-                transformer_config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=stage
-            ),
-            vocab_size=-(-config.vocab_size // layout.tp) * layout.tp,
-            max_sequence_length=64,
-            position_embedding_type="rope",
-            share_embeddings_and_output_weights=config.tie_word_embeddings,
-            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
-            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
-            vp_stage=stage,
-        ).to(dtype)
-        chunks.append(DistributedDataParallel(transformer_config, ddp_config, model, disable_bucketing=bool(stage)))
+    chunks = [
+        DistributedDataParallel(model.config, ddp_config, model, disable_bucketing=number > 0)
+        for number, model in enumerate(stock_chunks(config, layout, dtype=dtype))
+    ]
     optimizer_config = OptimizerConfig(
         optimizer="adam",
         lr=lr,

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from stock_model import enter, poison, rank_folder, same, snapshot, stock_chunks
 
 from megatron_qwen.conversion import export_hf, import_hf
 from megatron_qwen.conversion.formats.legacy.layout import RANK_FILE, rank_files
@@ -35,47 +36,6 @@ CASES: dict[str, tuple[QwenConfig, ParallelLayout]] = {
     "tp2_etp1": (tiny_moe(layers=2, vocab=96, tied=True), ParallelLayout(tp=2, pp=2, etp=1)),
 }
 STEP = "iter_0000007"
-
-
-def stock_chunks(config: QwenConfig, layout: ParallelLayout):
-    """Megatron's class with Megatron's local spec; of ours only the configuration."""
-    from megatron.core import parallel_state
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-    from megatron.core.models.gpt.gpt_model import GPTModel
-
-    dtype = getattr(torch, config.torch_dtype)
-    transformer_config = config.to_transformer_config(layout, dtype=dtype)
-    chunks = []
-    for stage in range(layout.vpp) if layout.vpp > 1 else [None]:
-        place = {"ignore_virtual": False, "vp_stage": stage}
-        spec = get_gpt_decoder_block_spec(
-            transformer_config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=stage
-        )
-        model = GPTModel(
-            transformer_config,
-            spec,
-            vocab_size=-(-config.vocab_size // layout.tp) * layout.tp,
-            max_sequence_length=64,
-            position_embedding_type="rope",
-            share_embeddings_and_output_weights=config.tie_word_embeddings,
-            pre_process=parallel_state.is_pipeline_first_stage(**place),
-            post_process=parallel_state.is_pipeline_last_stage(**place),
-            vp_stage=stage,
-        )
-        chunks.append(model.to(dtype))
-    return chunks
-
-
-def rank_folder() -> str:
-    """The name that Megatron-LM's get_checkpoint_name gives."""
-    from megatron.core import parallel_state as state
-
-    name = f"mp_rank_{state.get_tensor_model_parallel_rank():02d}"
-    if state.get_pipeline_model_parallel_world_size() > 1:
-        name += f"_{state.get_pipeline_model_parallel_rank():03d}"
-    if state.get_expert_model_parallel_world_size() > 1:
-        name += f"_{state.get_expert_model_parallel_rank():03d}"
-    return name
 
 
 def arguments_of_a_run(config: QwenConfig, layout: ParallelLayout) -> argparse.Namespace:
@@ -113,24 +73,6 @@ def put_into_one_buffer(chunk) -> None:
         view.copy_(parameter.data)
         parameter.data = view
         offset += parameter.numel()
-
-
-def snapshot(chunks) -> dict[str, torch.Tensor]:
-    return {
-        f"{i} {name}": parameter.detach().clone()
-        for i, chunk in enumerate(chunks)
-        for name, parameter in chunk.named_parameters()
-    }
-
-
-def poison(chunks) -> None:
-    for chunk in chunks:
-        for parameter in chunk.parameters():
-            parameter.data.fill_(float("nan"))
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
 
 
 def save_as_megatron_lm(chunks, config: QwenConfig, layout: ParallelLayout, folder: Path) -> None:
@@ -183,16 +125,9 @@ def go_through_case(config: QwenConfig, layout: ParallelLayout, folder: Path) ->
 
 
 def go_through_all(root: Path) -> dict[str, dict[str, object]]:
-    from megatron.core import parallel_state
-
-    from megatron_qwen.parallel import groups
-
     results = {}
     for name, (config, layout) in CASES.items():
-        if torch.distributed.is_initialized():
-            parallel_state.destroy_model_parallel()
-            groups._active = None
-        groups.initialize(layout)
+        enter(layout)
         results[name] = go_through_case(config, layout, root / name)
     return results
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformer_engine_stand_in
 from safetensors.torch import load_file
+from stock_model import enter, poison, rank_folder, stock_chunks
 
 from megatron_qwen.conversion import export_hf, import_hf
 from megatron_qwen.conversion.formats.legacy.layout import RANK_FILE, TRANSFORMER_ENGINE, rank_files
@@ -41,36 +42,13 @@ def write_both(root: Path, config: QwenConfig, layout: ParallelLayout, **options
 
 def load_into_stock_models(root: Path) -> dict[str, tuple[str, list[tuple[str, tuple[int, ...]]], bool]]:
     transformer_engine_stand_in.install()
-    from megatron.core import parallel_state
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-    from megatron.core.models.gpt.gpt_model import GPTModel
-    from test_legacy import rank_folder
-
-    from megatron_qwen.parallel import groups
-
     results = {}
     for name, (config, layout) in CASES.items():
-        if torch.distributed.is_initialized():
-            parallel_state.destroy_model_parallel()
-            groups._active = None
-        groups.initialize(layout)
-        transformer_config = config.to_transformer_config(
-            layout, dtype=torch.float32, transformer_impl="transformer_engine"
-        )
-        model = GPTModel(
-            transformer_config,
-            get_gpt_decoder_block_spec(transformer_config, use_transformer_engine=True),
-            vocab_size=-(-config.vocab_size // layout.tp) * layout.tp,
-            max_sequence_length=64,
-            position_embedding_type="rope",
-            share_embeddings_and_output_weights=config.tie_word_embeddings,
-            pre_process=parallel_state.is_pipeline_first_stage(),
-            post_process=parallel_state.is_pipeline_last_stage(),
-        )
+        enter(layout)
+        (model,) = stock_chunks(config, layout, transformer_impl="transformer_engine")
         file = root / name / "ours" / "release" / rank_folder() / RANK_FILE
         state = torch.load(file, map_location="cpu", weights_only=False)["model"]
-        for parameter in model.parameters():
-            parameter.data.fill_(float("nan"))
+        poison([model])
         model.load_state_dict(state, strict=True)
         is_filled = all(bool(parameter.isfinite().all()) for parameter in model.parameters())
         shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]

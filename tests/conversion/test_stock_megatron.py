@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from stock_model import enter, poison, same, snapshot, stock_chunks
 
 from megatron_qwen.conversion import export_hf, import_hf
 from megatron_qwen.conversion.parameters import extra_state_keys, is_homogeneous, parameters, stored_place
@@ -25,41 +26,6 @@ CASES = {
     "mixed_tp2": (tiny_moe(layers=3, mlp_only_layers=(1,)), ParallelLayout(tp=2)),
 }
 INTERLEAVED = (tiny_dense(layers=4), ParallelLayout(pp=2, vpp=2))
-
-
-def stock_model(config: QwenConfig, layout: ParallelLayout):
-    """Megatron's class with Megatron's local spec; of ours only the configuration."""
-    from megatron.core import parallel_state
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-    from megatron.core.models.gpt.gpt_model import GPTModel
-
-    transformer_config = config.to_transformer_config(layout, dtype=torch.float32)
-    return GPTModel(
-        transformer_config,
-        get_gpt_decoder_block_spec(transformer_config, use_transformer_engine=False, normalization="RMSNorm"),
-        vocab_size=-(-config.vocab_size // layout.tp) * layout.tp,
-        max_sequence_length=64,
-        position_embedding_type="rope",
-        share_embeddings_and_output_weights=config.tie_word_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-    ).float()
-
-
-def snapshot(chunks) -> list[tuple[str, torch.Tensor]]:
-    return [(name, parameter.detach().clone()) for chunk in chunks for name, parameter in chunk.named_parameters()]
-
-
-def same(a, b) -> bool:
-    return [name for name, _ in a] == [name for name, _ in b] and all(
-        torch.equal(x, y) for (_, x), (_, y) in zip(a, b, strict=True)
-    )
-
-
-def poison(chunks) -> None:
-    for chunk in chunks:
-        for parameter in chunk.parameters():
-            parameter.data.fill_(float("nan"))
 
 
 def stored_by(model) -> tuple[set[str], set[str]]:
@@ -80,14 +46,14 @@ def go_through_case(config: QwenConfig, layout: ParallelLayout, folder: Path) ->
 
     from megatron_qwen.conversion import load_weights_into
 
-    model = stock_model(config, layout)
+    (model,) = stock_chunks(config, layout, dtype=torch.float32)
     poison([model])
     state = dist_checkpointing.load(model.sharded_state_dict(), str(folder / "ours" / "release"), strict="raise_all")
     known = model.state_dict().keys()
     model.load_state_dict({key: value for key, value in state.items() if key in known})
     expected = snapshot([model])
     result: dict[str, object] = {
-        "finite": all(bool(tensor.isfinite().all()) for _, tensor in expected),
+        "finite": all(bool(tensor.isfinite().all()) for tensor in expected.values()),
         "keys": stored_by(model),
     }
     for source in ("hf", "ours"):
@@ -106,18 +72,6 @@ def logits_of(model) -> torch.Tensor:
     ids_BS = (torch.arange(24) * 7 % 90).view(2, 12)
     with torch.inference_mode():
         return model.eval()(ids_BS, torch.arange(12).expand_as(ids_BS), None)
-
-
-def enter(layout: ParallelLayout) -> None:
-    """Change the layout and keep the process group: a second one cannot be formed over the same store."""
-    from megatron_qwen.parallel import groups
-
-    if torch.distributed.is_initialized():
-        from megatron.core import parallel_state
-
-        parallel_state.destroy_model_parallel()
-        groups._active = None
-    groups.initialize(layout)
 
 
 def go_through_all(root: Path) -> dict[str, object]:
