@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from megatron_qwen.benchmark.breakdown import Breakdown, Part
+from megatron_qwen.benchmark.csv_lines import append_csv
 
 _COLUMNS = ("operation", "forward ms", "backward ms", "update ms", "total ms", "of the step", "TFLOP/s")
 _CLOCKS = {"host": "wall time of the stepping thread", "device": "time of kernels; unattributed is a device at rest"}
@@ -64,12 +64,7 @@ def append_breakdown_csv(breakdown: Breakdown, facts: Mapping[str, Any], file: P
         }
         for part in breakdown.parts
     ]
-    is_new = not file.exists()
-    with file.open("a", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(lines[0]))
-        if is_new:
-            writer.writeheader()
-        writer.writerows(lines)
+    append_csv(lines, file)
 
 
 def draw_breakdown(breakdown: Breakdown, title: str, file: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import datetime
 import json
 import subprocess
@@ -16,6 +15,7 @@ from rich.table import Table
 
 from megatron_qwen.benchmark.breakdown import Breakdown
 from megatron_qwen.benchmark.breakdown_report import append_breakdown_csv, draw_breakdown
+from megatron_qwen.benchmark.csv_lines import append_csv
 from megatron_qwen.benchmark.timing import Summary
 
 COLUMNS = ("contestant", "ms/step", "p10", "p90", "ours/this", "{unit}/s", "TFLOP/s", "MFU", "peak MiB")
@@ -137,7 +137,7 @@ def write_report(report: Report, folder: Path) -> list[Path]:
     stem = folder / report.rows[0].case
     files = [stem.with_suffix(suffix) for suffix in (".json", ".csv", ".png")]
     files[0].write_text(report.as_json() + "\n", encoding="utf-8")
-    _append_csv(report, files[1])
+    append_csv([_flat(report, row) for row in report.rows], files[1])
     _draw(report, files[2])
     if report.breakdown is not None:
         breakdown_files = [stem.with_name(f"{stem.name}-breakdown{suffix}") for suffix in (".csv", ".png")]
@@ -147,16 +147,6 @@ def write_report(report: Report, folder: Path) -> list[Path]:
         draw_breakdown(report.breakdown, _chart_title(first), breakdown_files[1])
         files += breakdown_files
     return files
-
-
-def _append_csv(report: Report, file: Path) -> None:
-    is_new = not file.exists()
-    with file.open("a", newline="", encoding="utf-8") as stream:
-        lines = [_flat(report, row) for row in report.rows]
-        writer = csv.DictWriter(stream, fieldnames=list(lines[0]))
-        if is_new:
-            writer.writeheader()
-        writer.writerows(lines)
 
 
 def _flat(report: Report, row: Row) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -12,6 +11,7 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.table import Table
 
+from megatron_qwen.benchmark.csv_lines import append_csv
 from megatron_qwen.benchmark.timing import Summary
 
 RATE_BAR = 0.6  # of the copy's rate
@@ -164,19 +164,9 @@ def write_conversion_report(report: ConversionBenchmark, folder: Path) -> list[P
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"convert{suffix}" for suffix in (".json", ".csv", ".png")]
     files[0].write_text(report.as_json() + "\n", encoding="utf-8")
-    _append_csv(report, files[1])
+    append_csv([_flat(report, row) for row in report.rows], files[1])
     _draw(report, files[2])
     return files
-
-
-def _append_csv(report: ConversionBenchmark, file: Path) -> None:
-    is_new = not file.exists()
-    with file.open("a", newline="", encoding="utf-8") as stream:
-        lines = [_flat(report, row) for row in report.rows]
-        writer = csv.DictWriter(stream, fieldnames=list(lines[0]))
-        if is_new:
-            writer.writeheader()
-        writer.writerows(lines)
 
 
 def _flat(report: ConversionBenchmark, row: ConversionRow) -> dict[str, Any]:
