@@ -142,7 +142,7 @@ def _parts(spent: Mapping[tuple[str, str], float], steps: int, flops: Mapping[st
             forward=spent.get((kind, FORWARD), 0.0) / steps,
             backward=spent.get((kind, BACKWARD), 0.0) / steps,
             update=spent.get((kind, UPDATE), 0.0) / steps,
-            flops=flops.get(kind, 0.0),
+            flops=sum(flops.get(each, 0.0) for each in {kind, *kind.split(" + ")}),
         )
         for kind in {kind for kind, _ in spent} | {REST}
     ]
