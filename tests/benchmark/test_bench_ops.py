@@ -226,6 +226,7 @@ def test_a_kernel_that_became_wrong_is_a_regression(
     bench_ops: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     bench_ops(*SMALL, "--vs", "none", "--out", str(tmp_path))
+    assert {each.name for each in tmp_path.iterdir()} == {"ops.json", "ops.csv", "summary.md", "roofline.png"}
     monkeypatch.setattr(norm_cases, "CASES", (replace(norm_cases.CASES[0], ours=halfway),))
     result = bench_ops(*SMALL, "--vs", "none", "--compare", str(tmp_path / "ops.json"))
     assert result.exit_code == NumericsError.exit_code

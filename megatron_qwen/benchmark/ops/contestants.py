@@ -56,18 +56,18 @@ def default_backends(device: torch.device, *, interpreted: bool) -> tuple[str, .
     return ("triton",) if interpreted else ("reference",)
 
 
-def take_part(
-    case: OpCase, device: torch.device, dtype: torch.dtype, backends: Sequence[str], versus: Sequence[str]
-) -> list[OpContestant]:
-    """Return our contestants, then the peers named in `versus`, each with a function or a reason.
-
-    Raises:
-        ConfigError: an unknown backend or peer.
-    """
+def check_names(backends: Sequence[str], versus: Sequence[str]) -> None:
+    """Raise ConfigError for an unknown backend or peer."""
     for option, given, known in (("--backend", backends, OURS), ("--vs", versus, PEERS)):
         for name in given:
             if name not in known:
                 raise ConfigError(f"{option} {name!r}: expected one of {', '.join(known)}")
+
+
+def take_part(
+    case: OpCase, device: torch.device, dtype: torch.dtype, backends: Sequence[str], versus: Sequence[str]
+) -> list[OpContestant]:
+    """Return our contestants, then the peers named in `versus`, each with a function or a reason."""
     return [
         *(_our_contestant(case, device, dtype, name) for name in backends),
         *(_peer(case, device, name) for name in versus),

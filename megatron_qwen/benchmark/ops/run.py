@@ -17,7 +17,7 @@ from megatron_qwen.benchmark.clock import Clock, clock_of
 from megatron_qwen.benchmark.ops.bars import judge
 from megatron_qwen.benchmark.ops.case import OpCase, Sizes
 from megatron_qwen.benchmark.ops.check import Verdict, check_contestants
-from megatron_qwen.benchmark.ops.contestants import OpContestant, take_part
+from megatron_qwen.benchmark.ops.contestants import OpContestant, check_names, take_part
 from megatron_qwen.benchmark.ops.measure import Timing, measure_in_turn
 from megatron_qwen.benchmark.ops.odd_sizes import DTYPES, check_odd_sizes, odd_shapes
 from megatron_qwen.benchmark.ops.result import OpReport, OpRow, shown_sizes
@@ -77,7 +77,7 @@ class OpsBench:
                 raise ConfigError(f"--seq-length {length}: expected at least 2")
         for model in self.models or ():
             preset_of(model)
-        take_part(self.cases[0], self.device, torch.float32, self.backends, self.versus)  # their names
+        check_names(self.backends, self.versus)
         if self.models and not self.shapes():
             raise ConfigError(
                 f"--model {','.join(self.models)}: no layer of {', '.join(case.name for case in self.cases)}; "
@@ -160,6 +160,8 @@ class OpsBench:
             report = replace(report, rows=(*report.rows, *rows))
             keep(report)
             progress(f"{case.name} {model}")
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # the next shape's blocks fit none of these
         measured = report.rows if self.device.type == "cuda" else ()
         return replace(report, bars=judge(measured) if self.rounds else ())
 
@@ -270,7 +272,7 @@ def _versions() -> dict[str, str]:
 
 
 def write_report(report: OpReport, folder: Path, command: str) -> list[Path]:
-    """Write ops.json, ops.csv, summary.md and, of a run that timed, roofline.png and speedup.png.
+    """Write ops.json, summary.md, ops.csv if there are rows, roofline.png of our times, speedup.png if a peer has one.
 
     Returns:
         The files written.
@@ -286,8 +288,10 @@ def write_report(report: OpReport, folder: Path, command: str) -> list[Path]:
     if report.rows:
         files.append(folder / "ops.csv")
         write_csv(report, files[-1])
-    if any(row.status == "timed" for row in report.rows):
-        files += [folder / "roofline.png", folder / "speedup.png"]
-        draw_roofline(report, files[-2])
+    if any(row.is_ours and row.status == "timed" for row in report.rows):
+        files.append(folder / "roofline.png")
+        draw_roofline(report, files[-1])
+    if report.pairs():
+        files.append(folder / "speedup.png")
         draw_speedups(report, files[-1])
     return files
