@@ -213,28 +213,30 @@ def activation_backward_kernel(
             if WIDENS:
                 dy, w = dy.to(tl.float32), w.to(tl.float32)
             grad = tl.dot(dy, w, grad, input_precision="ieee")
+        # In an order that keeps few tiles alive at a time: registers are what bounds this kernel.
         stored = inside[:, None] & real[None, :]
-        place = _place(row, group, num_experts, routed, 2 * width, 2 * shared_width)[:, None] + column[None, :]
-        gate = tl.load(packed_ptr + place, mask=stored, other=0.0).to(tl.float32)
-        up = tl.load(packed_ptr + place + own, mask=stored, other=0.0).to(tl.float32)
+        dtype = grad_packed_ptr.dtype.element_ty
+        place = _place(row, group, num_experts, routed, 2 * width, 2 * shared_width)
+        gate = tl.load((packed_ptr + place)[:, None] + column[None, :], mask=stored, other=0.0).to(tl.float32)
         sigmoid = tl.sigmoid(gate)
-        activated = gate * sigmoid * up
+        silu = gate * sigmoid
+        slope = sigmoid * (1.0 + gate - silu)
+        up = tl.load((packed_ptr + place + own)[:, None] + column[None, :], mask=stored, other=0.0).to(tl.float32)
+        grad_weights = tl.sum(grad * silu * up, axis=1)
         first_partial = block * routed.to(tl.int64) + row
         if GATHERS:
             source = tl.load(source_ptr + row, mask=inside & (group != num_experts), other=0)
             first_partial = block * routed.to(tl.int64) + source
         beyond = routed_columns * routed.to(tl.int64) + block * tokens.to(tl.int64) + row - routed
-        at_partial = tl.where(group == num_experts, beyond, first_partial)
-        tl.store(partial_ptr + at_partial, tl.sum(grad * activated, axis=1), mask=inside)
+        tl.store(partial_ptr + tl.where(group == num_experts, beyond, first_partial), grad_weights, mask=inside)
         weights = _row_weights(row, inside, group, num_experts, routed, source_ptr, weights_ptr, gate_ptr, GATHERS,
                                GATED)[:, None]  # fmt: skip
+        hidden = hidden_ptr + _place(row, group, num_experts, routed, width, shared_width)
+        tl.store(hidden[:, None] + column[None, :], (silu * up * weights).to(dtype), mask=stored)
         grad *= weights
-        dtype = grad_packed_ptr.dtype.element_ty
-        grad_gate = grad * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-        tl.store(grad_packed_ptr + place, grad_gate.to(dtype), mask=stored)
-        tl.store(grad_packed_ptr + place + own, (grad * gate * sigmoid).to(dtype), mask=stored)
-        hidden = _place(row, group, num_experts, routed, width, shared_width)[:, None] + column[None, :]
-        tl.store(hidden_ptr + hidden, (activated * weights).to(dtype), mask=stored)
+        grad_packed = grad_packed_ptr + place
+        tl.store((grad_packed + own)[:, None] + column[None, :], (grad * silu).to(dtype), mask=stored)
+        tl.store(grad_packed[:, None] + column[None, :], (grad * up * slope).to(dtype), mask=stored)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)

@@ -58,6 +58,10 @@ class _Problem:
         """Length of a flat buffer [R, width] and [T, shared_width]."""
         return self.routed * width + self.shared_tokens * shared_width
 
+    def blocks(self, pairs: bool = False) -> dict[str, Any]:
+        """See `_blocks`."""
+        return _blocks(self.x, (self.width, self.shared_width), pairs)
+
     @functools.cached_property
     def gates(self) -> torch.Tensor | None:
         """sigmoid(x g) [T] fp32."""
@@ -145,7 +149,8 @@ def _problem(
     fc2: list[torch.Tensor],
     shared: list[torch.Tensor],
 ) -> _Problem:
-    block_rows = _blocks(x)["BLOCK_ROWS"]
+    width, shared_width = fc2[0].shape[1], shared[1].shape[1] if shared else 0
+    block_rows = _blocks(x, (width, shared_width))["BLOCK_ROWS"]
     # Whole tiles, and at most one more per expert that has rows.
     slots = weights.numel() // block_rows + min(len(fc1), weights.numel())
     group = torch.empty(slots, dtype=torch.int32, device=x.device)
@@ -167,8 +172,8 @@ def _problem(
         routed=weights.numel(),
         shared_tokens=x.shape[0] if shared else 0,
         num_experts=len(fc1),
-        width=fc2[0].shape[1],
-        shared_width=shared[1].shape[1] if shared else 0,
+        width=width,
+        shared_width=shared_width,
     )
 
 
@@ -180,7 +185,7 @@ def _up(problem: _Problem, hidden: torch.Tensor | None, keep: bool) -> torch.Ten
         problem.x, problem.source, problem.fc1[0], where, problem.offsets, *problem.map_of_tiles, packed, hidden,
         problem.routed, problem.shared_tokens, problem.num_experts, problem.size, problem.width, problem.shared_width,
         problem.topk, GATHERS=problem.source is not None, KEEPS=keep, ACTIVATES=hidden is not None, ALIGNMENT=alignment,
-        **_blocks(problem.x, pairs=True),
+        **problem.blocks(pairs=True),
     )  # fmt: skip
     return packed
 
@@ -193,7 +198,7 @@ def _down(problem: _Problem, a: torch.Tensor, matrices: list[torch.Tensor], out:
         a, problem.source, matrices[0], where, problem.weights, problem.gates, problem.offsets, *problem.map_of_tiles,
         out, problem.routed, problem.shared_tokens, problem.num_experts, problem.size, doubled * problem.width,
         doubled * problem.shared_width, GATHERS=problem.source is not None, GATED=problem.gates is not None,
-        WEIGHS=weigh, TRANSPOSED=matrices is problem.fc2, ALIGNMENT=alignment, **_blocks(problem.x),
+        WEIGHS=weigh, TRANSPOSED=matrices is problem.fc2, ALIGNMENT=alignment, **problem.blocks(),
     )  # fmt: skip
 
 
@@ -202,7 +207,7 @@ def _activation_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Fill grad_packed and the weighted hidden; return the gradients of weights, and of the shared expert's [T]."""
     where, alignment = _offsets_of(problem.fc2)
-    blocks = _blocks(problem.x, pairs=True)
+    blocks = problem.blocks(pairs=True)
     columns = triton.cdiv(problem.width, blocks["BLOCK_COLUMNS"])
     shared_columns = triton.cdiv(problem.shared_width, blocks["BLOCK_COLUMNS"])
     numbers = problem.numbers(columns, shared_columns)
@@ -213,7 +218,7 @@ def _activation_backward(
         problem.num_experts, problem.size, problem.width, problem.shared_width, problem.topk,
         GATHERS=problem.source is not None, GATED=problem.gates is not None, ALIGNMENT=alignment, **blocks,
     )  # fmt: skip
-    routed, shared = partial.split([columns * problem.routed, shared_columns * problem.shared_tokens])
+    routed, shared = torch.split(partial, [columns * problem.routed, shared_columns * problem.shared_tokens])
     grad_weights = routed.view(columns, problem.routed).sum(0).view(problem.weights.shape)
     return grad_weights, shared.view(shared_columns, problem.shared_tokens).sum(0)
 
@@ -236,7 +241,7 @@ def _matrix_gradients(
     into = sinks or grads
     where, alignment = _offsets_of(into)
     doubled = 2 if matrices is problem.fc1 else 1
-    blocks = _blocks(problem.x)
+    blocks = problem.blocks()
     blocks["BLOCK_WIDTH"] = blocks.pop("BLOCK_ROWS")
     kernel.weight_gradient_kernel[_grid(problem)](
         flat, x, problem.source, problem.offsets, into[0], where, problem.routed, problem.shared_tokens,
@@ -275,15 +280,18 @@ def _grid(problem: _Problem) -> tuple[int]:
     return (multiprocessors(problem.x.device),)
 
 
-def _blocks(x: torch.Tensor, pairs: bool = False) -> dict[str, Any]:
-    """Sizes of tiles and of programs. Tiles of gate and up `pairs` are half as wide: 128 columns spill on sm_90."""
+def _blocks(x: torch.Tensor, widths: tuple[int, int], pairs: bool = False) -> dict[str, Any]:
+    """Sizes of tiles and of programs.
+
+    Tiles of gate and up `pairs` are half as wide: with 128 columns they spill on sm_90. So do all large tiles whose
+    rows are not multiples of 16 bytes, as every element then has an address of its own.
+    """
+    aligned = not any(each * x.element_size() % 16 for each in (x.shape[1], *widths))
     if _IS_INTERPRETED:
         # So small that small tensors have several.
-        blocks = {"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 16, "BLOCK_INNER": 16}
-    elif x.dtype == torch.float32:
-        blocks = {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": 64, "BLOCK_INNER": 32, "num_warps": 4, "num_stages": 3}
-    else:
+        return {"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 16, "BLOCK_INNER": 16, "WIDENS": x.dtype == torch.bfloat16}
+    if aligned and x.dtype != torch.float32:
         blocks = {"BLOCK_ROWS": 128, "BLOCK_COLUMNS": 128, "BLOCK_INNER": 64, "num_warps": 8, "num_stages": 3}
-    if pairs and not _IS_INTERPRETED:
-        blocks["BLOCK_COLUMNS"] //= 2
-    return {**blocks, "WIDENS": _IS_INTERPRETED and x.dtype == torch.bfloat16}
+    else:
+        blocks = {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": 64, "BLOCK_INNER": 32, "num_warps": 8, "num_stages": 3}
+    return {**blocks, "BLOCK_COLUMNS": blocks["BLOCK_COLUMNS"] // (2 if pairs else 1), "WIDENS": False}

@@ -167,7 +167,8 @@ class _Eager(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: recomputation hands them out a single time
         matrices = saved[6:]
         sinks = _sinks(matrices, ctx.num_experts, grads[0])
-        grad_x, grad_weights, *grad_matrices = _backward_into(grads[0], *_grouped(saved, ctx.num_experts), sinks)
+        arguments = (grads[0], *_grouped(saved, ctx.num_experts), sinks)
+        grad_x, grad_weights, *grad_matrices = _backward_into(*arguments)
         for matrix, sink in zip(matrices, sinks, strict=True):
             if sink is not None:
                 matrix.grad_added_to_main_grad = True

@@ -140,7 +140,7 @@ def packed_views(
     packed: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, fc1: list[torch.Tensor], shared: list[torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the parts [R, 2F] and [T, 2Fs] of `packed`; a part that is not there has no columns."""
-    routed, common = packed.split(packed_sizes(x, weights, fc1, shared))
+    routed, common = torch.split(packed, list(packed_sizes(x, weights, fc1, shared)))
     return (
         routed.view(weights.numel(), fc1[0].shape[0] if fc1 else 0),
         common.view(x.shape[0], shared[0].shape[0] if shared else 0),
