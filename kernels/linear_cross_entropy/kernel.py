@@ -162,12 +162,12 @@ def backward(
     grad_hidden = hidden.new_zeros(hidden.shape, dtype=torch.float32)
     parts = list(chunks(tokens, rows, CHUNK_ELEMENTS, SMALLEST_CHUNK))
     buffer = hidden.new_empty(tokens * (parts[0].stop if parts else 0))
-    per_token = [each.contiguous() for each in (labels, lse, grad_lse, grad_label_logit)]
+    labels, lse, grad_lse, grad_label_logit = (each.contiguous() for each in (labels, lse, grad_lse, grad_label_logit))
     for part in parts:
         size = part.stop - part.start
         grad_logits = buffer[: tokens * size].view(tokens, size)
         if tokens:
-            launch_logit_gradient(hidden, weight, *per_token, part, grad_logits)
+            launch_logit_gradient(hidden, weight, labels, lse, grad_lse, grad_label_logit, part, grad_logits)
         add_product(grad_hidden, grad_logits, weight[part])
         weight_gradient.add(part, grad_logits, hidden)
     return grad_hidden.to(hidden.dtype)
@@ -212,4 +212,4 @@ def _blocks(hidden: torch.Tensor) -> dict[str, Any]:
 
 
 def _is_before_hopper() -> bool:
-    return not _IS_INTERPRETED and driver.active.get_current_target().arch < 90  # type: ignore[no-any-return]
+    return not _IS_INTERPRETED and driver.active.get_current_target().arch < 90

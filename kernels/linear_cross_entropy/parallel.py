@@ -88,7 +88,8 @@ class _Statistics(torch.autograd.Function):
         weight_gradient = weight_gradient or NewWeightGradient(weight, rows)
         whole = _gather_sequence(hidden, ranks) if gathers else hidden
         # With the sum over all rows, exp(l - lse) is this rank's part of the softmax: no further collective.
-        grad_whole = dispatch.gradients(*grads, whole, weight, labels, lse, rows, weight_gradient)
+        grad_lse, grad_label_logit = grads
+        grad_whole = dispatch.gradients(grad_lse, grad_label_logit, whole, weight, labels, lse, rows, weight_gradient)
         if gathers:
             grad_hidden = grad_whole.new_empty(hidden.shape)
             dist.reduce_scatter_tensor(grad_hidden, grad_whole, group=ranks.group)

@@ -15,6 +15,10 @@ from megatron_qwen.model.parameters import count_parameters
 _STATE_BYTES = {
     ("megatron_qwen", "fp32"): 16,
     ("megatron_qwen", "bf16"): 18,
+    ("megatron_qwen-logits", "fp32"): 16,
+    ("megatron_qwen-logits", "bf16"): 18,
+    ("megatron_qwen-fused", "fp32"): 16,
+    ("megatron_qwen-fused", "bf16"): 18,
     ("transformers", "fp32"): 16,
     ("transformers", "bf16"): 16,
     ("transformers-bf16", "fp32"): 16,

@@ -52,6 +52,8 @@ CASES = (
         unit="tokens",
         contestants=(
             Contestant(name="megatron_qwen", factory=f"{_CASES}.train_step:MegatronStep"),
+            Contestant(name="megatron_qwen-logits", factory=f"{_CASES}.train_step:MegatronLogitsStep"),
+            Contestant(name="megatron_qwen-fused", factory=f"{_CASES}.train_step:MegatronFusedStep"),
             Contestant(name="transformers", factory=f"{_CASES}.train_step:TransformersStep"),
             Contestant(name="transformers-bf16", factory=f"{_CASES}.train_step:TransformersPureStep"),
             Contestant(name="gemm", factory=f"{_CASES}.gemm:Gemm", is_ceiling=True),

@@ -69,6 +69,7 @@ def named_ranges(step: TrainStep) -> Iterator[None]:
         for chunk in step.chunks:
             around(chunk, "zero_grad_buffer", "zero gradients")
             around(chunk.module, "compute_language_model_loss", "loss")
+            around(chunk.module, "compute_fused_loss", "output GEMM + loss")
             for path, module in chunk.module.named_modules():
                 kind = module_kind(path, module)
                 if kind is not None:

@@ -45,7 +45,10 @@ def train(
     micro_batch_size: Annotated[int, typer.Option(help="Samples per step.")] = 1,
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     threads: Annotated[int | None, typer.Option(help="Threads of each contestant. [default: all cores]")] = None,
-    vs: Annotated[list[str] | None, typer.Option(help="transformers, transformers-bf16; may be given again.")] = None,
+    vs: Annotated[
+        list[str] | None,
+        typer.Option(help="transformers, transformers-bf16, megatron_qwen-logits, -fused; may be repeated."),
+    ] = None,
     steps: Annotated[int, typer.Option(help="Measured steps of each contestant.")] = 10,
     warmup: Annotated[int, typer.Option(help="Steps of each contestant before measuring.")] = 2,
     breakdown: Annotated[

@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel import layers
 from megatron_qwen import ops
 from megatron_qwen.errors import ConfigError
 from megatron_qwen.parallel.device import current_device
+from megatron_qwen.parallel.weight_gradients import clear
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -110,8 +111,9 @@ def resolve_fusion(config: TransformerConfig, wanted: bool | None) -> bool:
 
     Args:
         config: of the model.
-        wanted: None for on where it is validated and nothing speaks against it: on CPUs, where it takes no more time
-            than logits (docs/benchmarks.md). Its kernels have not run on a GPU yet, so there it must be asked for.
+        wanted: None for on where it is validated, costs no time and nothing speaks against it: in 16 bits on a CPU. In
+            fp32 the second product of hidden states and weight costs a third of the layer's time, for memory
+            (docs/benchmarks.md); and its kernels have not run on a GPU yet. There it must be asked for.
 
     Raises:
         ConfigError: it is wanted, and something else is that needs the logits.
@@ -130,7 +132,9 @@ def resolve_fusion(config: TransformerConfig, wanted: bool | None) -> bool:
             f"fuse_linear_cross_entropy: got True, but {', '.join(found)}, which needs the logits or their gradient; "
             "expected one or the other"
         )
-    return not found and current_device().type == "cpu" if wanted is None else wanted
+    if wanted is None:
+        return not found and current_device().type == "cpu" and config.params_dtype != torch.float32
+    return wanted
 
 
 def accumulates_in_place(layer: Any, weight: torch.Tensor) -> bool:
@@ -146,7 +150,9 @@ class MainGradient:
 
     def add(self, rows: slice, grad_logits: torch.Tensor, hidden: torch.Tensor) -> None:
         """Add grad_logits^T hidden to these rows; see `ops.WeightGradient`."""
-        buffer = self._weight.main_grad[rows]  # type: ignore[attr-defined]
+        main_grad: torch.Tensor = self._weight.main_grad  # type: ignore[attr-defined]
+        clear(main_grad)
+        buffer = main_grad[rows]
         kernels = layers.fused_weight_gradient_mlp_cuda
         if buffer.dtype == torch.float32:
             kernels.wgrad_gemm_accum_fp32(hidden, grad_logits, buffer)
@@ -154,9 +160,14 @@ class MainGradient:
             kernels.wgrad_gemm_accum_fp16(hidden, grad_logits, buffer)
 
     def result(self) -> torch.Tensor | None:
-        """Return a placeholder: Megatron's hook reads it only where the weight is tied to the embedding."""
+        """Return a placeholder that nobody reads, or None where the embedding, to which it is tied, gives a gradient.
+
+        Megatron-Core's layer returns zeros there, which are added to the embedding's gradient: a tensor of V x H, and
+        a pass over it.
+        """
         weight = self._weight
         if not hasattr(weight, "grad_added_to_main_grad"):
             return None
         weight.grad_added_to_main_grad = True
-        return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
+        # Set by Megatron-Core for a weight that serves as embedding and as output layer of one stage.
+        return None if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)

@@ -275,8 +275,8 @@ class PerformanceRecipe(RecipeGroup):
         gradient_accumulation_fusion: add weight gradients inside the GEMM; on a GPU it needs apex or Transformer
             Engine. None: on a CPU only.
         defer_embedding_wgrad_compute: of the last pipeline stage.
-        fuse_linear_cross_entropy: compute the loss without holding logits. None: on a CPU only, unless a switch that
-            needs them is on.
+        fuse_linear_cross_entropy: compute the loss without holding logits. None: in bf16 on a CPU, where it is also
+            faster, unless a switch that needs them is on.
     """
 
     recompute: str = "none"

@@ -10,13 +10,11 @@ from megatron_qwen.model.config import QwenConfig
 from megatron_qwen.parallel.layout import ParallelLayout
 
 
-def gradients(
-    config: QwenConfig, layout: ParallelLayout, weights: dict[str, torch.Tensor] | None, **options: Any
-) -> dict[str, Any]:
+def gradients(config: QwenConfig, layout: ParallelLayout, weights: dict[str, torch.Tensor] | None) -> dict[str, Any]:
     """Return loss, and the full gradient of every parameter, for weights given in full (None: make them)."""
     from megatron_qwen.model.build import build_model
 
-    model = build_model(config, layout=layout, dtype=torch.float32, **options)
+    model = build_model(config, layout=layout, dtype=torch.float32)
     if weights is None:
         generator = torch.Generator().manual_seed(0)
         weights = {name: torch.randn(p.shape, generator=generator) * 0.2 for name, p in model.named_parameters()}

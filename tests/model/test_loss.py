@@ -65,10 +65,14 @@ def test_rows_of_padding_do_not_count() -> None:
         torch.testing.assert_close(losses[0], losses[1])
 
 
-def test_on_by_default_on_a_cpu_and_logits_as_before() -> None:
-    models = [build_model(ODD, dtype=FP32, fuse_linear_cross_entropy=wanted).eval() for wanted in (None, False)]
+def test_on_by_default_in_16_bits_on_a_cpu() -> None:
+    models = [build_model(ODD, dtype=dtype, device="meta") for dtype in (FP32, BF16, torch.float16)]
+    assert [model.fuses_linear_cross_entropy for model in models] == [False, True, True]
+
+
+def test_logits_are_as_before() -> None:
+    models = [build_model(ODD, dtype=FP32, fuse_linear_cross_entropy=wanted).eval() for wanted in (True, False)]
     models[1].load_state_dict(models[0].state_dict())
-    assert [model.fuses_linear_cross_entropy for model in models] == [True, False]
     tokens = torch.arange(20).view(2, 10)
     logits = [model(tokens, torch.arange(10).expand(2, 10), None) for model in models]
     assert logits[0].shape == (2, 10, 511)
@@ -85,7 +89,7 @@ def test_on_by_default_on_a_cpu_and_logits_as_before() -> None:
     ],
 )
 def test_what_needs_logits_switches_it_off_or_is_refused(name: str, value: object) -> None:
-    config = ODD.to_transformer_config()
+    config = ODD.to_transformer_config(dtype=BF16)
     assert resolve_fusion(config, None)
     setattr(config, name, value)
     assert not resolve_fusion(config, None)
@@ -95,7 +99,7 @@ def test_what_needs_logits_switches_it_off_or_is_refused(name: str, value: objec
 
 
 def test_a_label_outside_the_vocabulary_is_refused() -> None:
-    model = build_model(ODD, dtype=FP32)
+    model = build_model(ODD, dtype=FP32, fuse_linear_cross_entropy=True)
     tokens = torch.zeros(1, 8, dtype=torch.int64)
     with pytest.raises(ConfigError, match="labels holds 511"):
         model(tokens, torch.arange(8)[None], None, labels=tokens + 511)

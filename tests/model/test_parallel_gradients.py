@@ -22,9 +22,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def alone():
-    """One rank with logits; the ranks compute the loss without."""
-    options = {"fuse_linear_cross_entropy": False}
-    return {name: model_ranks.gradients(config, ParallelLayout(), None, **options) for name, config in MODELS.items()}
+    return {name: model_ranks.gradients(config, ParallelLayout(), None) for name, config in MODELS.items()}
 
 
 @pytest.mark.multirank

@@ -19,13 +19,15 @@ STEPS = 5
 Curves = dict[str, list[float]]
 
 SP = "tp=2 sequence_parallel=true"
+# Beside a layout: the loss without logits, compared with one rank that holds them.
+FUSED = "fuse_linear_cross_entropy=true"
 # ranks -> model -> layouts
 LAYOUTS = {
     1: {"dense": [""], "tied": [""], "moe": [""]},
     2: {
-        "dense": ["tp=2", SP, "pp=2", "pp=2 vpp=2", "pp=2 pp_layout=3,1", "dp=2"],
-        "tied": ["pp=2"],
-        "moe": ["ep=2", SP, f"{SP} etp=1 ep=2", "pp=2 vpp=2", "dp=2"],
+        "dense": ["tp=2", SP, "pp=2", "pp=2 vpp=2", "pp=2 pp_layout=3,1", "dp=2", f"tp=2 {FUSED}", f"pp=2 {FUSED}"],
+        "tied": ["pp=2", f"pp=2 {FUSED}", f"dp=2 {FUSED}"],
+        "moe": ["ep=2", SP, f"{SP} etp=1 ep=2", "pp=2 vpp=2", "dp=2", f"{SP} {FUSED}", f"pp=2 {FUSED}"],
     },
     4: {"dense": ["tp=2 pp=2"], "moe": [f"{SP} ep=2", f"{SP} ep=2 etp=1"]},
 }
@@ -41,7 +43,6 @@ SWITCHES = {
     "overlapped": ["performance.overlap_grad_reduce=true", "performance.overlap_param_gather=true"],
     "recompute full": ["performance.recompute=full"],
     "recompute selective": ["performance.recompute=selective"],
-    "logits held": ["performance.fuse_linear_cross_entropy=false"],
 }
 
 
@@ -135,7 +136,11 @@ def check(found: dict[str, list[Curves]], names: dict[str, list[str]], expected:
 
 def layouts_as_changes(layouts: dict[str, list[str]]) -> dict[str, list[list[str]]]:
     return {
-        model: [[f"parallel.{field}" for field in layout.split()] for layout in each] for model, each in layouts.items()
+        model: [
+            [f"{'performance' if field == FUSED else 'parallel'}.{field}" for field in layout.split()]
+            for layout in each
+        ]
+        for model, each in layouts.items()
     }
 
 

@@ -63,6 +63,7 @@ class MegatronStep:
         micro_batch_size: int,
         flops: float,
         with_weights: bool = True,
+        fuse_linear_cross_entropy: bool | None = None,
     ) -> None:
         from megatron_qwen.conversion.loading import load_weights_into
         from megatron_qwen.model.build import build_model_chunks
@@ -90,7 +91,13 @@ class MegatronStep:
         )
         layout = groups.initialize(ParallelLayout())
         config = QwenConfig.from_hf(folder)
-        chunks = build_model_chunks(config, layout, dtype=DTYPES[dtype], **transformer_overrides(recipe, config))
+        chunks = build_model_chunks(
+            config,
+            layout,
+            dtype=DTYPES[dtype],
+            fuse_linear_cross_entropy=fuse_linear_cross_entropy,
+            **transformer_overrides(recipe, config),
+        )
         if with_weights:
             load_weights_into(chunks, Path(folder), config)
         wrapped = wrap_chunks(recipe, chunks)
@@ -126,6 +133,20 @@ class MegatronStep:
         with named_ranges(self._step):
             events = record(self.step, steps)
         return attribute(events, flops, plain_seconds=sum(plain) / steps)
+
+
+class MegatronLogitsStep(MegatronStep):
+    """Ours with the logits of all tokens held, as Megatron-Core's own loss holds them."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, fuse_linear_cross_entropy=False)
+
+
+class MegatronFusedStep(MegatronStep):
+    """Ours with the loss computed without logits, in every dtype."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, fuse_linear_cross_entropy=True)
 
 
 class TransformersStep:
