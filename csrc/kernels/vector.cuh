@@ -1,6 +1,6 @@
 // Neighbouring elements that one thread moves at once, and their conversion to and from fp32.
 // All access to global memory goes through here: by CUDA's load and store functions, which csrc/tests/emulation
-// replaces by ones that look at alignment and bounds.
+// replaces by ones that look at alignment and bounds (plain_store among them).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -52,11 +52,19 @@ __device__ __forceinline__ Vector<T, N> load_once(const T* pointer) {
   return result;
 }
 
+#ifdef __CUDACC__
+// The compiler's own store; __stwb would be a strong one (STG.STRONG.SM), and the others choose a cache.
+template <typename T>
+__device__ __forceinline__ void plain_store(T* pointer, T value) {
+  *pointer = value;
+}
+#endif
+
 template <typename T, int N>
 __device__ __forceinline__ void store(T* pointer, const Vector<T, N>& vector) {
   auto* destination = reinterpret_cast<typename Vector<T, N>::Access*>(pointer);
 #pragma unroll
-  for (int i = 0; i < Vector<T, N>::kAccesses; ++i) __stwb(destination + i, vector.access[i]);
+  for (int i = 0; i < Vector<T, N>::kAccesses; ++i) plain_store(destination + i, vector.access[i]);
 }
 
 __device__ __forceinline__ float2 to_floats(__nv_bfloat162 pair) { return __bfloat1622float2(pair); }

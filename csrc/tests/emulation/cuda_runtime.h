@@ -84,7 +84,7 @@ void checked_store(T* pointer, T value) {
 #define __ldg checked_load
 #define __ldcs checked_load
 #define __ldcg checked_load
-#define __stwb checked_store
+#define plain_store checked_store
 #define __stcs checked_store
 #define __stcg checked_store
 
