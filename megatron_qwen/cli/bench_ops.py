@@ -61,19 +61,17 @@ def ops(
     Exits with 5 if a result of ours is wrong, and with 1 if ours became slower than --compare allows.
     """
     from megatron_qwen.benchmark.ops.comparing import parse_threshold
+    from megatron_qwen.benchmark.ops.result import read_report
 
     allowed = parse_threshold(threshold)
     if show_list:
         _list_cases(json_output)
         return
+    # Before anything is measured: a reference that cannot be read should not cost a run.
+    reference = read_report(compare) if compare is not None else None
     if results is not None:
-        from megatron_qwen.benchmark.ops.result import read_report
-
         report = read_report(results)
     else:
-        if interpreter:
-            # Triton decides this when it is imported.
-            os.environ["TRITON_INTERPRET"] = "1"
         bench = _bench(family, op, model, seq_length, dtype, backend, vs, rounds, _device(device, interpreter))
         bench = replace(bench, check=check or interpreter, sanitize=sanitize, time_limit=time_limit)
         if backend:
@@ -81,7 +79,7 @@ def ops(
         report = _run(bench, out)
     _show(report, json_output)
     status = NumericsError.exit_code if report.problems() else 0
-    if compare is not None and not _compare(report, compare, allowed, json_output):
+    if reference is not None and not _compare(report, reference, allowed, json_output):
         status = status or REGRESSION_EXIT_CODE
     if status:
         raise typer.Exit(status)
@@ -109,6 +107,7 @@ def _device(name: str | None, interpreter: bool) -> torch.device:
         raise ConfigError("--interpreter runs on the CPU; leave out --device cuda")
     if importlib.util.find_spec("triton") is None:
         raise ConfigError("--interpreter: Triton is not installed (pip install triton)")
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton decides this when it is imported
     from megatron_qwen.testing.interpreter import round_as_a_device_does
 
     round_as_a_device_does()
@@ -187,13 +186,12 @@ def _show(report: OpReport, as_json: bool) -> None:
         console.print(f"WRONG {text}", highlight=False, markup=False)
 
 
-def _compare(report: OpReport, reference: Path, threshold: float, as_json: bool) -> bool:
+def _compare(report: OpReport, reference: OpReport, threshold: float, as_json: bool) -> bool:
     """Show the changes (on stderr if stdout holds JSON) and return whether nothing of ours became slower."""
     from megatron_qwen.benchmark.ops.comparing import compare_reports
-    from megatron_qwen.benchmark.ops.result import read_report
     from megatron_qwen.benchmark.ops.show import change_table
 
-    changes = compare_reports(read_report(reference), report, threshold)
+    changes = compare_reports(reference, report, threshold)
     console = _console(stderr=as_json)
     console.print(change_table(changes, threshold))
     for name, rows in (("the reference", changes.only_before), ("this run", changes.only_after)):
