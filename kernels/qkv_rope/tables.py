@@ -96,7 +96,7 @@ def check_tables(op: str, name: str, like: torch.Tensor, cos: torch.Tensor, sin:
 def check_positions(
     op: str, name: str, like: torch.Tensor, lead: torch.Size, cos: torch.Tensor, positions: torch.Tensor | None
 ) -> None:
-    """Raise ConfigError unless positions fit tokens [S, B] or [T], the axes `lead` of `like`, which is called `name`."""
+    """Raise ConfigError unless positions fit tokens [S, B] or [T]: the axes `lead` of `like`, called `name`."""
     if positions is None:
         if lead[0] > cos.shape[0]:
             raise ConfigError(f"{op}: {name} has {lead[0]} positions; expected at most {cos.shape[0]}, the rows of cos")

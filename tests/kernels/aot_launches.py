@@ -13,8 +13,13 @@ from collections.abc import Callable
 
 import torch
 
+from megatron_qwen.kernels.linear_cross_entropy import kernel as linear_cross_entropy
+from megatron_qwen.kernels.moe_permute import kernel as moe_permute
+from megatron_qwen.kernels.moe_routing import kernel as moe_routing
 from megatron_qwen.kernels.qkv_rope import kernel as qkv_rope
+from megatron_qwen.kernels.qkv_rope.layout import Layout
 from megatron_qwen.kernels.rms_norm import kernel as rms_norm
+from megatron_qwen.kernels.rope import kernel as rope
 from megatron_qwen.kernels.swiglu import kernel as swiglu
 from megatron_qwen.model.presets import PRESETS
 from megatron_qwen.testing.aot import compile_launches
@@ -38,13 +43,13 @@ def hidden_size(size: str) -> int:
     return 1001 if size == "odd" else PRESETS[f"qwen2.5-{size.partition('-tp')[0]}"].hidden_size
 
 
-def attention_layout(size: str) -> qkv_rope.Layout:
+def attention_layout(size: str) -> Layout:
     """Heads of a tensor-parallel rank."""
     if size == "odd":
-        return qkv_rope.Layout(groups=3, per_group=4, head_dim=50, half=15)
+        return Layout(groups=3, per_group=4, head_dim=50, half=15)
     name, _, ranks = size.partition("-tp")
     config = PRESETS[f"qwen2.5-{name}"]
-    return qkv_rope.Layout(
+    return Layout(
         groups=config.num_key_value_heads // int(ranks or 1),
         per_group=config.num_attention_heads // config.num_key_value_heads + 2,
         head_dim=config.head_dim,
@@ -70,7 +75,7 @@ def launch_rms_norm(hidden: int, dtype: torch.dtype, adds: bool) -> None:
     rms_norm.launch_backward(x, other, x, weight, inverse_rms, x, weight)
 
 
-def launch_qkv_rope(layout: qkv_rope.Layout, dtype: torch.dtype, with_positions: bool) -> None:
+def launch_qkv_rope(layout: Layout, dtype: torch.dtype, with_positions: bool) -> None:
     width = layout.groups * layout.per_group * layout.head_dim
     packed, bias = meta(TOKENS, width, dtype=dtype), meta(width, dtype=dtype)
     tables = (meta(TOKENS, layout.half, dtype=torch.float32), meta(TOKENS, layout.half, dtype=torch.float32))
@@ -81,6 +86,40 @@ def launch_qkv_rope(layout: qkv_rope.Layout, dtype: torch.dtype, with_positions:
     )
     qkv_rope.launch_forward(packed, bias, tables, positions, 1, heads, layout)
     qkv_rope.launch_backward(heads, tables, positions, 1, packed, bias, layout)
+
+
+def launch_rope(layout: Layout, dtype: torch.dtype) -> None:
+    counts = layout.groups * (layout.per_group - 2), layout.groups
+    q, k = (meta(TOKENS, 1, each, layout.head_dim, dtype=dtype) for each in counts)
+    tables = (meta(TOKENS, layout.half, dtype=torch.float32), meta(TOKENS, layout.half, dtype=torch.float32))
+    rope.launch_rope(q, k, tables, meta(TOKENS, dtype=torch.int32), 1, inverse=False)
+
+
+def launch_linear_cross_entropy(hidden_size: int, rows: int, dtype: torch.dtype) -> None:
+    hidden, weight = meta(TOKENS, hidden_size, dtype=dtype), meta(rows, hidden_size, dtype=dtype)
+    labels = meta(TOKENS, dtype=torch.int64)
+    per_token = meta(TOKENS, dtype=torch.float32)
+    linear_cross_entropy.launch_forward(hidden, weight, labels, rows, per_token, per_token)
+    part = slice(0, linear_cross_entropy.SMALLEST_CHUNK)
+    out = meta(TOKENS, part.stop, dtype=dtype)
+    linear_cross_entropy.launch_logit_gradient(hidden, weight, labels, *[per_token] * 3, part, out)
+
+
+def launch_moe(num_experts: int, topk: int, hidden: int, dtype: torch.dtype) -> None:
+    """Routing in fp32, as Megatron-Core computes it; the order of rows; both ways of moving rows, with weights."""
+    logits, weights = meta(TOKENS, num_experts, dtype=torch.float32), meta(TOKENS, topk, dtype=torch.float32)
+    sums = meta(num_experts, dtype=torch.float32)
+    z_sum = meta(dtype=torch.float32)
+    choices = meta(TOKENS, topk, dtype=torch.int64)
+    counts, offsets = meta(num_experts, dtype=torch.int64), meta(num_experts + 1, dtype=torch.int64)
+    moe_routing.launch_forward(logits, True, weights, choices, counts, offsets, sums, z_sum)
+    moe_routing.launch_backward(weights, sums, z_sum, logits, choices, True, logits)
+    source = meta(TOKENS * topk, dtype=torch.int64)
+    moe_permute.launch_order(choices, source, choices, offsets)
+    x, rows = meta(TOKENS, hidden, dtype=dtype), meta(TOKENS * topk, hidden, dtype=dtype)
+    moe_permute.launch_gather(x, source, topk, weights, rows)
+    moe_permute.launch_gather_sum(rows, choices, weights, x)
+    moe_permute.launch_weight_gradient(x, rows, choices, weights)
 
 
 def launches() -> dict[str, Callable[[], None]]:
@@ -94,6 +133,16 @@ def launches() -> dict[str, Callable[[], None]]:
             for name, given in (("qkv_rope", False), ("qkv_rope packed", True)):
                 layout = attention_layout(size)
                 table[f"{name} {size} {label}"] = functools.partial(launch_qkv_rope, layout, dtype, given)
+            table[f"rope {size} {label}"] = functools.partial(launch_rope, attention_layout(size), dtype)
+            rows = 151_935 if size == "odd" else PRESETS[f"qwen2.5-{size.partition('-tp')[0]}"].vocab_size
+            table[f"linear_cross_entropy {size} {label}"] = functools.partial(
+                launch_linear_cross_entropy, hidden_size(size), rows, dtype
+            )
+        for name in ("qwen1.5-moe-a2.7b", "qwen2-57b-a14b"):
+            config = PRESETS[name]
+            table[f"moe {name} {label}"] = functools.partial(
+                launch_moe, config.num_experts, config.num_experts_per_tok, config.hidden_size, dtype
+            )
     return table
 
 
@@ -108,6 +157,7 @@ def facts(label: str, launch: Callable[[], None], architecture: int) -> list[dic
             "shared": code.shared_bytes,
             "loads": code.count(r"LDG\.E[.\w]*"),
             "wide_loads": code.count(r"LDG\.E[.\w]*\.128[.\w]*"),
+            "wide_copies": code.count(r"LDGSTS\.E[.\w]*\.128[.\w]*") + code.count(r"UTMALDG[.\w]*"),
             "stores": code.count(r"STG\.E[.\w]*"),
             "wide_stores": code.count(r"STG\.E[.\w]*\.128[.\w]*"),
             "atomics": code.count(r"(?:ATOM|RED)G?\b[.\w]*"),

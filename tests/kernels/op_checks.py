@@ -317,7 +317,7 @@ def check_qkv_rope_offsets(backend: str) -> None:
 def check_rope(
     lead: tuple[int, ...], heads: tuple[int, int, int], rotated: int, dtype: torch.dtype, backend: str, *, inverse: bool
 ) -> None:
-    """In place on parts of a wider tensor with NaN around them; args: leading axes; heads of q, of k, and their size."""
+    """In place on parts of a wider tensor, NaN around them; args: leading axes; heads of q and of k, and their size."""
     q_heads, k_heads, head_dim = heads
     q, k = (random((*lead, number, head_dim), dtype, seed=number) for number in (q_heads, k_heads))
     generator = torch.Generator().manual_seed(5)

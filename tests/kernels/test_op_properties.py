@@ -37,7 +37,7 @@ def test_no_operation_is_left_out() -> None:
     assert set(ops.__all__) == {*CASES, *NO_OPERATIONS}, "add an operation to op_table.py"
     covered = {name for case in CASES.values() for name in case.registered}
     assert {name for name in registered() if not name.endswith("_backward")} == covered
-    assert set(OPERATIONS) <= covered
+    assert set(OPERATIONS) <= {name.rstrip("_") for name in covered}
 
 
 def random_like(tensors: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
@@ -116,9 +116,10 @@ def test_operations_and_their_gradients_are_registered_as_torch_wants_it(name: s
         gradients(case, case.arguments(5, torch.float32))
     names = {func._schema.name.removeprefix("megatron_qwen::") for func, _ in calls.made}
     assert set(case.registered) - {"expert_order"} <= names
-    assert any(each.endswith("_backward") for each in names)
+    is_own_gradient = name == "rope_"  # a rotation back; so the operation itself has none
+    assert is_own_gradient or any(each.endswith("_backward") for each in names)
     for func, args in calls.made:
-        is_gradient = func._schema.name.endswith("_backward")
+        is_gradient = is_own_gradient or func._schema.name.endswith("_backward")
         torch.library.opcheck(func, tree_map_only(torch.Tensor, torch.detach, args) if is_gradient else args)
 
 
