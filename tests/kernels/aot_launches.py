@@ -14,8 +14,6 @@ from collections.abc import Callable
 import torch
 
 from megatron_qwen.kernels.linear_cross_entropy import kernel as linear_cross_entropy
-from megatron_qwen.kernels.moe_permute import kernel as moe_permute
-from megatron_qwen.kernels.moe_routing import kernel as moe_routing
 from megatron_qwen.kernels.qkv_rope import kernel as qkv_rope
 from megatron_qwen.kernels.qkv_rope.layout import Layout
 from megatron_qwen.kernels.rms_norm import kernel as rms_norm
@@ -105,23 +103,6 @@ def launch_linear_cross_entropy(hidden_size: int, rows: int, dtype: torch.dtype)
     linear_cross_entropy.launch_logit_gradient(hidden, weight, labels, *[per_token] * 3, part, out)
 
 
-def launch_moe(num_experts: int, topk: int, hidden: int, dtype: torch.dtype) -> None:
-    """Routing in fp32, as Megatron-Core computes it; the order of rows; both ways of moving rows, with weights."""
-    logits, weights = meta(TOKENS, num_experts, dtype=torch.float32), meta(TOKENS, topk, dtype=torch.float32)
-    sums = meta(num_experts, dtype=torch.float32)
-    z_sum = meta(dtype=torch.float32)
-    choices = meta(TOKENS, topk, dtype=torch.int64)
-    counts, offsets = meta(num_experts, dtype=torch.int64), meta(num_experts + 1, dtype=torch.int64)
-    moe_routing.launch_forward(logits, True, weights, choices, counts, offsets, sums, z_sum)
-    moe_routing.launch_backward(weights, sums, z_sum, logits, choices, True, logits)
-    source = meta(TOKENS * topk, dtype=torch.int64)
-    moe_permute.launch_order(choices, source, choices, offsets)
-    x, rows = meta(TOKENS, hidden, dtype=dtype), meta(TOKENS * topk, hidden, dtype=dtype)
-    moe_permute.launch_gather(x, source, topk, weights, rows)
-    moe_permute.launch_gather_sum(rows, choices, weights, x)
-    moe_permute.launch_weight_gradient(x, rows, choices, weights)
-
-
 def launches() -> dict[str, Callable[[], None]]:
     """Launch by label: operation, size, dtype."""
     table: dict[str, Callable[[], None]] = {}
@@ -137,11 +118,6 @@ def launches() -> dict[str, Callable[[], None]]:
             rows = 151_935 if size == "odd" else PRESETS[f"qwen2.5-{size.partition('-tp')[0]}"].vocab_size
             table[f"linear_cross_entropy {size} {label}"] = functools.partial(
                 launch_linear_cross_entropy, hidden_size(size), rows, dtype
-            )
-        for name in ("qwen1.5-moe-a2.7b", "qwen2-57b-a14b"):
-            config = PRESETS[name]
-            table[f"moe {name} {label}"] = functools.partial(
-                launch_moe, config.num_experts, config.num_experts_per_tok, config.hidden_size, dtype
             )
     return table
 

@@ -23,13 +23,13 @@ PROGRAM = Path(__file__).parent / "aot_launches.py"
 SOME = {
     90: (
         *("swiglu 7b bf16", "swiglu odd bf16", "add_rms_norm 7b bf16", "linear_cross_entropy 7b bf16"),
-        *("qkv_rope packed 0.5b bf16", "qkv_rope packed 14b bf16", "rope 7b bf16", "moe qwen1.5-moe-a2.7b bf16"),
+        *("qkv_rope packed 0.5b bf16", "qkv_rope packed 14b bf16", "rope 7b bf16"),
     ),
     80: ("swiglu 7b bf16", "add_rms_norm 0.5b bf16", "qkv_rope packed 3b bf16"),
 }
 KERNELS = Path(__file__).parents[2] / "kernels"
-# They have launch tests of their own, in their interpreter and emulation files.
-ELSEWHERE = ("grouped_mlp",)
+# Compiled by test_moe_triton_compiled.py.
+ELSEWHERE = ("grouped_mlp", "moe_permute", "moe_routing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,19 +56,6 @@ LIMITS = {
     # GEMMs: sums in registers, operands by asynchronous copies; labels and statistics are one number per token.
     "logit_statistics_kernel": Limits(registers=255, narrow_loads=None, narrow_stores=2, shared=160 * 1024),
     "logit_gradient_kernel": Limits(registers=255, narrow_loads=None, shared=160 * 1024),
-    # Rows of 60 or 64 logits, read once per token: no width is promised.
-    **dict.fromkeys(
-        ("routing_forward_kernel", "routing_finish_kernel", "routing_backward_kernel"),
-        Limits(registers=255, narrow_loads=None, narrow_stores=None),
-    ),
-    **dict.fromkeys(
-        ("order_count_kernel", "order_scan_kernel", "order_place_kernel"),
-        Limits(registers=128, narrow_loads=None, narrow_stores=None),
-    ),
-    # Row and weight of each of eight choices.
-    "gather_kernel": Limits(registers=40, narrow_loads=2),
-    "gather_sum_kernel": Limits(registers=40, narrow_loads=16),
-    "weight_gradient_kernel": Limits(registers=40, narrow_loads=1, narrow_stores=1),
 }
 
 
