@@ -163,9 +163,7 @@ def pretrain(
     ] = None,
     allow_pickle: Annotated[
         bool,
-        typer.Option(
-            "--allow-pickle", help="Start from pickled weights, under an allow-list of plain classes."
-        ),
+        typer.Option("--allow-pickle", help="Start from pickled weights, under an allow-list of plain classes."),
     ] = False,
     recipe: Annotated[Path | None, typer.Option(help="YAML or JSON file with recipe fields.")] = None,
     set_: Annotated[
