@@ -25,7 +25,6 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
-    TransformerLayer,
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
@@ -34,6 +33,7 @@ from megatron_qwen import compat
 from megatron_qwen.errors import ConfigError
 from megatron_qwen.model.attention import CoreAttention
 from megatron_qwen.model.experts import LocalExperts
+from megatron_qwen.model.layer import ResidualNormLayer
 from megatron_qwen.model.norm import RMSNorm
 from megatron_qwen.model.self_attention import QwenSelfAttention
 from megatron_qwen.model.swiglu import SwiGLU
@@ -130,7 +130,7 @@ def layer_spec(*, backend: str, num_experts: int | None = None, grouped_gemm: bo
             **({} if num_experts else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}),
         },
     )
-    return ModuleSpec(TransformerLayer, submodules=submodules)
+    return ModuleSpec(ResidualNormLayer, submodules=submodules)
 
 
 def moe_layer_pattern(config: TransformerConfig) -> list[bool]:
@@ -229,7 +229,7 @@ def get_qwen_layer_spec(
     return block_spec(found, backend=backend, vp_stage=vp_stage, pp_rank=pp_rank)
 
 
-class QwenTransformerLayer(TransformerLayer):  # type: ignore[misc]  # megatron-core is untyped
+class QwenTransformerLayer(ResidualNormLayer):
     """A layer that chooses its modules when it is built: dense or MoE, local or Transformer Engine.
 
     With it one ready-made specification serves every Qwen model.
