@@ -11,6 +11,16 @@ from megatron_qwen import ops
 from megatron_qwen.errors import ConfigError
 
 
+def is_plain_swiglu(config: TransformerConfig) -> bool:
+    """Whether the configuration's activation is silu(gate) * up, without a clamp or an offset."""
+    return (
+        config.activation_func is functional.silu
+        and config.gated_linear_unit
+        and config.activation_func_clamp_value is None
+        and config.glu_linear_offset == 0.0
+    )
+
+
 class SwiGLU(MegatronModule):  # type: ignore[misc]  # megatron-core is untyped
     """silu(gate) * up, as the activation module that Megatron's MLPs take from a layer spec."""
 
@@ -21,8 +31,7 @@ class SwiGLU(MegatronModule):  # type: ignore[misc]  # megatron-core is untyped
             ConfigError: another activation, a clamp, or an offset.
         """
         super().__init__(config=config)
-        is_plain = config.activation_func_clamp_value is None and config.glu_linear_offset == 0.0
-        if config.activation_func is not functional.silu or not config.gated_linear_unit or not is_plain:
+        if not is_plain_swiglu(config):
             raise ConfigError(
                 f"local backend: got activation_func {config.activation_func}, gated_linear_unit "
                 f"{config.gated_linear_unit}, activation_func_clamp_value {config.activation_func_clamp_value}, "

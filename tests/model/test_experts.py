@@ -86,3 +86,17 @@ def test_probabilities_of_higher_precision_round_once():
     _, exact = run(LocalExperts.forward, experts, x.double(), probs.double(), counts, grad.double())
     for mine, other, best in zip(our_grads, their_grads, exact, strict=True):
         assert (mine.double() - best).norm() <= 1.5 * (other.double() - best).norm() + 1e-12
+
+
+@pytest.mark.parametrize("field", ["glu_linear_offset", "activation_func_clamp_value", "moe_apply_probs_on_input"])
+def test_what_only_megatrons_forward_does_is_left_to_it(experts, field, monkeypatch):
+    monkeypatch.setattr(experts.config, field, 1.0)
+    assert not experts._is_plain()
+
+
+def test_a_second_derivative_is_refused(experts):
+    x = torch.randn(3, 64, dtype=torch.float64, requires_grad=True)
+    y, _ = experts(x, torch.tensor([3, 0, 0, 0]), torch.rand(3, dtype=torch.float64))
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
