@@ -57,9 +57,13 @@ def tables(report: OpReport) -> Iterator[Table]:
     yield _table(title, COLUMNS, result_lines(report), left=("op", "shape", "direction", "backend", "peers"))
     if report.roofline is not None:
         yield _table("ceilings", ("what", "rate", "median us"), _ceiling_lines(report), left=("what",))
-    lines = [(each.bar, each.status, each.about, each.detail) for each in report.bars if each.status != "not judged"]
-    if lines:
+    if lines := judged_bars(report):
         yield _table("bars", ("bar", "status", "asked", "found"), lines, left=("bar", "status", "asked", "found"))
+
+
+def judged_bars(report: OpReport) -> list[tuple[str, ...]]:
+    """Return the cells of every bar that could be judged, in part at least."""
+    return [(each.bar, each.status, each.about, each.detail) for each in report.bars if each.status != "not judged"]
 
 
 def _table(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]], left: Sequence[str]) -> Table:
@@ -136,10 +140,8 @@ def summary(report: OpReport, command: str) -> str:
     if report.roofline is not None:
         parts.append(_markdown(("ceiling", "rate", "median us"), _ceiling_lines(report)))
     parts.append(_markdown(COLUMNS, result_lines(report)))
-    if report.bars:
-        parts.append("## Bars\n")
-        bars = [(each.bar, each.status, each.about, each.detail) for each in report.bars]
-        parts.append(_markdown(("bar", "status", "asked", "found"), bars))
+    if bars := judged_bars(report):
+        parts.append("## Bars\n\n" + _markdown(("bar", "status", "asked", "found"), bars))
     for title, lines in (("Losses", losses(report)), ("Notes", notes(report)), ("Wrong", report.problems())):
         if lines:
             parts.append(f"## {title}\n\n" + "\n".join(f"- {line}" for line in lines) + "\n")
