@@ -1,4 +1,4 @@
-"""Bias, rotary embedding and split of Megatron-Core's packed QKV projection.
+"""Bias, rotary embedding and split of Megatron-Core's packed QKV projection, and the rotation alone, in place.
 
 Shapes: T tokens, G groups of M query heads, a key and a value head of D numbers each; W = G (M + 2) D; R rotated
 dimensions of a head. packed [T, 1, W] (one sequence), or [T, W] (packed sequences); q [..., G M, D], k, v [..., G, D].
@@ -171,6 +171,56 @@ def _transformer_engine_packed() -> Function:
     return run
 
 
+def _heads_workload(sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int) -> Workload:
+    full = _workload(sizes, dtype, device, seed)
+    counts = {"q": sizes["groups"] * sizes["queries"], "k": sizes["groups"]}
+    leaves = {
+        name: random_normal((sizes["tokens"], 1, count, sizes["head"]), dtype, device, seed + index)
+        for index, (name, count) in enumerate(counts.items())
+    }
+    return replace(full, leaves=leaves, grads=(), constants={})
+
+
+def _heads_ours(q: torch.Tensor, k: torch.Tensor, cos: Any, sin: Any, **_: Any) -> Any:
+    return ops.rope_(q, k, cos, sin)
+
+
+def _heads_plain(
+    q: torch.Tensor, k: torch.Tensor, cos: Any, sin: Any, positions: Any, cos_rows: Any, sin_rows: Any, **_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if cos_rows.dtype != q.dtype:  # as in `_plain`
+        cos_rows, sin_rows = (_rows(table, positions, 2) for table in (cos, sin))
+    return rotate(q, cos_rows, sin_rows), rotate(k, cos_rows, sin_rows)
+
+
+def _heads_liger() -> Function:
+    from liger_kernel.ops.rope import LigerRopeFunction
+
+    def run(q: torch.Tensor, k: torch.Tensor, cos_rows: Any, sin_rows: Any, **_: Any) -> Any:
+        # [T, 1, heads, D] has the memory of [1, T, heads, D], on which it works in place.
+        moved = (each.transpose(0, 1).transpose(1, 2) for each in (q, k))
+        rows = (table.reshape(1, len(q), -1) for table in (cos_rows, sin_rows))
+        return tuple(each.transpose(1, 2).transpose(0, 1) for each in LigerRopeFunction.apply(*moved, *rows))
+
+    return run
+
+
+def _heads_transformer_engine() -> Function:
+    from transformer_engine.pytorch.attention.rope import apply_rotary_pos_emb
+
+    def run(q: torch.Tensor, k: torch.Tensor, freqs: Any, **_: Any) -> Any:
+        return tuple(apply_rotary_pos_emb(each, freqs, tensor_format="sbhd", fused=True) for each in (q, k))
+
+    return run
+
+
+def _heads_bytes(sizes: Sizes, direction: str, element: int) -> int:
+    """The rotated part of queries and keys in and out, and the tables."""
+    assert direction == "forward", direction
+    numbers = sizes["tokens"] * sizes["groups"] * (sizes["queries"] + 1) * sizes["rotated"]
+    return 2 * element * numbers + table_bytes(sizes)
+
+
 def table_bytes(sizes: Sizes) -> int:
     """Both fp32 half tables, each row once, and for packed sequences the int32 position of each token."""
     positions = 4 * sizes["tokens"] if "sequences" in sizes else 0
@@ -247,5 +297,22 @@ CASES = (
         f"bias + RoPE + split of {SEQUENCES} ragged sequences",
         packed=True,
         lengths={"cuda": (32_768,), "cpu": (256,)},
+    ),
+    OpCase(
+        name="rope",
+        family="rope",
+        operation="rope",
+        about="RoPE of queries and keys alone, in place",
+        outputs=("q", "k"),
+        directions=("forward",),
+        sizes=_sizes,
+        workload=_heads_workload,
+        ours=_heads_ours,
+        plain=_heads_plain,
+        peers={"liger": _heads_liger, "te": _heads_transformer_engine},
+        bytes_moved=_heads_bytes,
+        flops=lambda sizes, direction: rotation_flops(sizes),
+        odd_sizes=_ODD,
+        in_place=True,
     ),
 )
