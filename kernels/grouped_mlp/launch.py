@@ -82,16 +82,17 @@ def forward(
     fc2: list[torch.Tensor],
     shared: list[torch.Tensor],
     keep: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return y and `packed`, which is empty unless `keep`; arguments as `reference.forward`."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return y, packed and common, empty unless `keep`; arguments as `reference.forward`."""
     if not x.numel():
-        return x.new_empty(x.shape), x.new_empty(0)
+        return x.new_empty(x.shape), x.new_empty(0), x.new_empty(0)
     problem = _problem(x, weights, offsets, source, positions, fc1, fc2, shared)
     hidden = x.new_empty(problem.numbers(problem.width, problem.shared_width))
     packed = _up(problem, hidden=hidden, keep=keep)
     y = x.new_empty(problem.routed + problem.shared_tokens, problem.size)
     _down(problem, hidden, problem.fc2, y, weigh=True)
-    return _combine(problem, y, None), packed
+    kept = problem.numbers(2 * problem.width, 0) if keep else 0
+    return _combine(problem, y, None), packed[:kept], packed[kept:]
 
 
 def backward(
@@ -102,6 +103,7 @@ def backward(
     source: torch.Tensor | None,
     positions: torch.Tensor | None,
     packed: torch.Tensor,
+    common: torch.Tensor,
     fc1: list[torch.Tensor],
     fc2: list[torch.Tensor],
     shared: list[torch.Tensor],
@@ -112,7 +114,7 @@ def backward(
         none = [[torch.zeros_like(each) for each in group] for group in (fc1, fc2, shared)]
         return x.new_empty(x.shape), torch.zeros_like(weights), none[0], none[1], none[2]
     problem = _problem(x, weights, offsets, source, positions, fc1, fc2, shared)
-    packed = packed if packed.numel() else _up(problem, hidden=None, keep=True)
+    packed = _together(packed, common) if packed.numel() else _up(problem, hidden=None, keep=True)
     grad_packed = torch.empty_like(packed)
     hidden = x.new_empty(problem.numbers(problem.width, problem.shared_width))
     grad_weights, grad_gates = _activation_backward(problem, grad, packed, grad_packed, hidden)
@@ -131,6 +133,15 @@ def backward(
         rows.launch_gate_gradient(grad_logits, x, grad_gate[0])
         grads_shared.append(_poured(grad_gate, sinks[-1] if sinks else None))
     return grad_x, grad_weights, grads1, grads2, grads_shared
+
+
+def _together(packed: torch.Tensor, common: torch.Tensor) -> torch.Tensor:
+    """Return the buffer that forward cut into these two; compiled code may have moved them apart."""
+    if packed.data_ptr() + packed.nbytes == common.data_ptr() and packed.untyped_storage().nbytes() >= (
+        packed.storage_offset() * packed.element_size() + packed.nbytes + common.nbytes
+    ):
+        return packed.as_strided((packed.numel() + common.numel(),), (1,))
+    return torch.cat([packed, common]) if common.numel() else packed
 
 
 def _poured(grad: torch.Tensor, sink: torch.Tensor | None) -> torch.Tensor:

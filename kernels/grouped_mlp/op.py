@@ -42,11 +42,11 @@ def _forward(
     fc2: list[torch.Tensor],
     shared: list[torch.Tensor],
     recompute: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     inputs = (x, weights, offsets, source, positions, fc1, fc2, shared)
     if backend_for(OP, x) == "reference":
-        y, packed = reference.forward(*inputs)
-        return y, packed.new_empty(0) if recompute else packed
+        y, packed, common = reference.forward(*inputs)
+        return (y, x.new_empty(0), x.new_empty(0)) if recompute else (y, packed, common)
     from . import launch
 
     return launch.forward(*inputs, keep=not recompute)
@@ -62,9 +62,9 @@ def _forward_fake(
     fc2: list[torch.Tensor],
     shared: list[torch.Tensor],
     recompute: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    kept = 0 if recompute else sum(reference.packed_sizes(x, weights, fc1, shared))
-    return x.new_empty(x.shape), x.new_empty(kept)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    packed, common = (0, 0) if recompute else reference.packed_sizes(x, weights, fc1, shared)
+    return x.new_empty(x.shape), x.new_empty(packed), x.new_empty(common)
 
 
 def _backward(
@@ -75,11 +75,12 @@ def _backward(
     source: torch.Tensor | None,
     positions: torch.Tensor | None,
     packed: torch.Tensor,
+    common: torch.Tensor,
     fc1: list[torch.Tensor],
     fc2: list[torch.Tensor],
     shared: list[torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-    return _backward_into(grad, x, weights, offsets, source, positions, packed, fc1, fc2, shared, ())
+    return _backward_into(grad, x, weights, offsets, source, positions, packed, common, fc1, fc2, shared, ())
 
 
 def _backward_into(
@@ -90,12 +91,13 @@ def _backward_into(
     source: torch.Tensor | None,
     positions: torch.Tensor | None,
     packed: torch.Tensor,
+    common: torch.Tensor,
     fc1: list[torch.Tensor],
     fc2: list[torch.Tensor],
     shared: list[torch.Tensor],
     sinks: reference.Sinks,
 ) -> reference.Gradients:
-    inputs = (grad.contiguous(), x, weights, offsets, source, positions, packed, fc1, fc2, shared, sinks)
+    inputs = (grad.contiguous(), x, weights, offsets, source, positions, packed, common, fc1, fc2, shared, sinks)
     if backend_for(OP, x) == "reference":
         return reference.backward(*inputs)
     from . import launch
@@ -111,6 +113,7 @@ def _backward_fake(
     source: torch.Tensor | None,
     positions: torch.Tensor | None,
     packed: torch.Tensor,
+    common: torch.Tensor,
     fc1: list[torch.Tensor],
     fc2: list[torch.Tensor],
     shared: list[torch.Tensor],
@@ -119,17 +122,17 @@ def _backward_fake(
     return x.new_empty(x.shape), weights.new_empty(weights.shape), first, second, others
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
     x, weights, offsets, source, positions, fc1, fc2, shared, _ = inputs
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.num_experts = len(fc1)
-    ctx.save_for_backward(x, weights, offsets, source, positions, output[1], *fc1, *fc2, *shared)
+    ctx.save_for_backward(x, weights, offsets, source, positions, *output[1:], *fc1, *fc2, *shared)
 
 
 def _grouped(saved: tuple[torch.Tensor, ...], num_experts: int) -> tuple[Any, ...]:
     """Return what was saved as the arguments of backward."""
-    matrices, after = saved[6:], 2 * num_experts
-    return (*saved[:6], list(matrices[:num_experts]), list(matrices[num_experts:after]), list(matrices[after:]))
+    matrices, after = saved[7:], 2 * num_experts
+    return (*saved[:7], list(matrices[:num_experts]), list(matrices[num_experts:after]), list(matrices[after:]))
 
 
 def _differentiate(ctx: Any, *grads: torch.Tensor) -> Any:
@@ -165,7 +168,7 @@ class _Eager(torch.autograd.Function):
         if torch.is_grad_enabled():
             refuse("grouped_mlp_backward")
         saved = ctx.saved_tensors  # once: recomputation hands them out a single time
-        matrices = saved[6:]
+        matrices = saved[7:]
         sinks = _sinks(matrices, ctx.num_experts, grads[0])
         arguments = (grads[0], *_grouped(saved, ctx.num_experts), sinks)
         grad_x, grad_weights, *grad_matrices = _backward_into(*arguments)

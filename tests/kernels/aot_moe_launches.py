@@ -69,10 +69,10 @@ def launch_experts(sizes: Sizes, dtype: torch.dtype) -> None:
     fc2 = [meta(sizes.hidden, sizes.width, dtype=dtype)] * sizes.experts
     shapes = (2 * sizes.shared, sizes.hidden), (sizes.hidden, sizes.shared), (1, sizes.hidden)
     shared = [meta(*shape, dtype=dtype) for shape in shapes]
-    _, packed = grouped_mlp.forward(x, weights, *order, fc1, fc2, shared, keep=True)
-    grouped_mlp.backward(x, x, weights, *order, packed, fc1, fc2, shared)
+    _, *kept = grouped_mlp.forward(x, weights, *order, fc1, fc2, shared, keep=True)
+    grouped_mlp.backward(x, x, weights, *order, *kept, fc1, fc2, shared)
     buffers = [each.float() for each in (*fc1, *fc2, *shared)]
-    grouped_mlp.backward(x, x, weights, *order, packed, fc1, fc2, shared, buffers)
+    grouped_mlp.backward(x, x, weights, *order, *kept, fc1, fc2, shared, buffers)
 
 
 def launches() -> dict[str, Callable[[], None]]:
