@@ -112,8 +112,8 @@ def resolve_fusion(config: TransformerConfig, wanted: bool | None) -> bool:
     Args:
         config: of the model.
         wanted: None for on where it is validated, costs no time and nothing speaks against it: in 16 bits on a CPU. In
-            fp32 the second product of hidden states and weight costs a third of the layer's time, for memory
-            (docs/benchmarks.md); and its kernels have not run on a GPU yet. There it must be asked for.
+            fp32 the layer takes 1.3 times as long, as its largest product is taken twice (docs/benchmarks.md); and on a
+            GPU its kernels have not run yet. There it must be asked for.
 
     Raises:
         ConfigError: it is wanted, and something else is that needs the logits.

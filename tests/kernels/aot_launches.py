@@ -134,6 +134,9 @@ def facts(label: str, launch: Callable[[], None], architecture: int) -> list[dic
             "loads": code.count(r"LDG\.E[.\w]*"),
             "wide_loads": code.count(r"LDG\.E[.\w]*\.128[.\w]*"),
             "wide_copies": code.count(r"LDGSTS\.E[.\w]*\.128[.\w]*") + code.count(r"UTMALDG[.\w]*"),
+            # Products of sixteen-bit matrices on tensor cores; by a whole warp group on sm_90.
+            "wgmma": code.count(r"HGMMA[.\w]*"),
+            "mma": code.count(r"HMMA[.\w]*"),
             "stores": code.count(r"STG\.E[.\w]*"),
             "wide_stores": code.count(r"STG\.E[.\w]*\.128[.\w]*"),
             "atomics": code.count(r"(?:ATOM|RED)G?\b[.\w]*"),

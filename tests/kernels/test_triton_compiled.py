@@ -75,6 +75,8 @@ def check(row: dict[str, Any]) -> None:
     limits = LIMITS[row["kernel"]]
     assert row["shared"] <= limits.shared, where
     assert row["atomics"] == 0, f"results must not depend on the order of threads; {where}"
+    if row["kernel"].startswith("logit_") and "fp32" not in row["label"]:
+        assert row["wgmma" if row["architecture"] == 90 else "mma"] > 0, f"no tensor cores; {where}"
     if "odd" in row["label"]:
         return
     assert row["registers"] <= limits.registers, where
