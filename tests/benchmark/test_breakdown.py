@@ -148,6 +148,9 @@ class Modules(torch.nn.Module):
         mlp.router, mlp.experts, mlp.shared_experts = (torch.nn.Module() for _ in range(3))
         mlp.shared_experts.linear_fc1 = torch.nn.Linear(4, 4)
 
+    def compute_fused_loss(self) -> None:
+        """Stands for the loss without logits."""
+
     def compute_language_model_loss(self) -> None:
         raise ValueError("no loss")
 
@@ -193,6 +196,7 @@ def test_ranges_are_gone_after_the_block_even_after_an_error() -> None:
     assert all(vars(optimizer)[name] is nothing for name in names)
     assert config.finalize_model_grads_func is chunk.zero_grad_buffer is step._reduce is nothing
     assert "compute_language_model_loss" not in vars(model)
+    assert "compute_fused_loss" not in vars(model)
     for module in model.modules():
         assert not module._forward_hooks
         assert not module._forward_pre_hooks

@@ -42,6 +42,10 @@ def test_switches_for_gpus_are_refused_without_one(switch):
             ["defer_embedding_wgrad_compute=true", "gradient_accumulation_fusion=false"],
             "needs gradient_accumulation_fusion",
         ),
+        (
+            ["defer_embedding_wgrad_compute=true", "fuse_linear_cross_entropy=true"],
+            "fuse_linear_cross_entropy and defer_embedding_wgrad_compute exclude each other",
+        ),
     ],
 )
 def test_switches_that_need_each_other(switches, reason):
