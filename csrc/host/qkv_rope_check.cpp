@@ -12,8 +12,6 @@ namespace {
 
 // Offsets within a row, and numbers of heads, are 32-bit in the kernels; those of rows are 64-bit.
 constexpr std::int64_t kMaxRow = std::numeric_limits<std::int32_t>::max();
-// Threads that a multiprocessor holds at the backward kernel's registers.
-constexpr std::int64_t kResidentThreads = 1024;
 constexpr std::int64_t kThreads = 256;
 
 void require_strides(const char* op, const char* name, std::int64_t stride, std::int64_t steps) {
@@ -82,6 +80,12 @@ bool heads_fit(const StridedHeads& heads, std::int64_t width) {
 
 }  // namespace
 
+void check(const char* op, const QkvLayout& layout, std::int64_t half) {
+  check_layout(op, layout);
+  require_at_least(op, "half", half, 1);
+  require_at_most(op, "half", half, layout.head_dim / 2);
+}
+
 void check(const QkvRopeForwardParams& params) {
   constexpr const char* kOp = "qkv_rope_forward";
   check_tokens(kOp, params.tokens);
@@ -148,20 +152,6 @@ bool moves_vectors(const RopeParams& params) {
   const std::int64_t width = per_vector(params.dtype);
   return all_multiples(width, {params.tables.half}) && all_aligned({params.tables.cos, params.tables.sin}) &&
          heads_fit(params.q, width) && (params.k_heads == 0 || heads_fit(params.k, width));
-}
-
-std::int64_t qkv_rope_backward_programs(const QkvLayout& layout, std::int64_t half, std::int64_t tokens, DType dtype,
-                                        int multiprocessors) {
-  constexpr const char* kOp = "qkv_rope_backward_programs";
-  check_layout(kOp, layout);
-  check_tokens(kOp, tokens);
-  require_at_least(kOp, "half", half, 1);
-  require_at_most(kOp, "half", half, layout.head_dim / 2);
-  if (tokens == 0) return 1;
-  const std::int64_t heads = layout.groups * (layout.queries + 2);
-  const std::int64_t threads = ceil_divide(heads * (layout.head_dim - half), per_vector(dtype));
-  const std::int64_t programs = std::max<std::int64_t>(1, kResidentThreads * multiprocessors / threads);
-  return ceil_divide(tokens, ceil_divide(tokens, programs));
 }
 
 }  // namespace megatron_qwen

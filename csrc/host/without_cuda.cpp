@@ -38,8 +38,8 @@ void qkv_rope_forward(const QkvRopeForwardParams& params) { refuse("qkv_rope_for
 void qkv_rope_backward(const QkvRopeBackwardParams& params) { refuse("qkv_rope_backward", params); }
 void rope(const RopeParams& params) { refuse("rope", params); }
 
-std::int64_t qkv_rope_backward_programs(const QkvLayout& layout, std::int64_t half, std::int64_t tokens, DType dtype) {
-  return qkv_rope_backward_programs(layout, half, tokens, dtype, 1);
+std::int64_t qkv_rope_backward_programs(const QkvLayout&, std::int64_t, std::int64_t, DType) {
+  refuse("qkv_rope_backward_programs");
 }
 
 }  // namespace megatron_qwen

@@ -20,6 +20,15 @@ void require_on_device(const char* op, const char* name, const void* pointer);
 // Of the current device.
 int num_multiprocessors(const char* op);
 
+// Thread blocks of `kernel` that the current device holds at once.
+template <typename Kernel>
+std::int64_t resident_blocks(const char* op, Kernel* kernel, int threads) {
+  int per_multiprocessor = 0;
+  check_cuda(op, "cannot read the occupancy",
+             cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, threads, 0));
+  return std::int64_t{num_multiprocessors(op)} * per_multiprocessor;
+}
+
 // Enqueues `kernel` on `stream` (a cudaStream_t). `blocks` is at most kMaxBlocks; the caller's check() saw to that.
 template <typename... Parameters, typename... Arguments>
 void launch(const char* op, void (*kernel)(Parameters...), std::int64_t blocks, int threads, void* stream,

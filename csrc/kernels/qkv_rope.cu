@@ -254,7 +254,7 @@ TokenShare share_tokens(const char* op, int units, std::int64_t heads, std::int6
 template <typename T, int kWidth>
 void forward(const QkvRopeForwardParams& params) {
   constexpr const char* kOp = "qkv_rope_forward";
-  const Units units = Units::of<kWidth>(params.tables, params.layout.head_dim);
+  const Units units = Units::of<kWidth>(params.tables.half, params.layout.head_dim);
   const std::int64_t heads = params.layout.groups * (params.layout.queries + 2);
   const TokenShare share = share_tokens(kOp, units.all, heads, params.tokens);
   // With kWidth 1 both are the same kernel.
@@ -264,21 +264,36 @@ void forward(const QkvRopeForwardParams& params) {
          share);
 }
 
+struct BackwardBlocks {
+  std::int64_t per_program;
+  int threads;
+};
+
+// As even as warps allow: 288 threads' work is 2 blocks of 160, not one of 256 and one of 32.
+BackwardBlocks backward_blocks(const QkvLayout& layout, const Units& units) {
+  const std::int64_t items = layout.groups * (layout.queries + 2) * units.all;
+  const std::int64_t per_program = ceil_divide(items, kThreads);
+  return {per_program, static_cast<int>(ceil_divide(ceil_divide(items, per_program), kWarp) * kWarp)};
+}
+
 template <typename T, int kWidth>
 void backward(const QkvRopeBackwardParams& params) {
-  const Units units = Units::of<kWidth>(params.tables, params.layout.head_dim);
-  const std::int64_t items = params.layout.groups * (params.layout.queries + 2) * units.all;
-  const std::int64_t blocks_per_program = ceil_divide(items, kThreads);
-  // As even as warps allow: 288 threads' work is 2 blocks of 160, not one of 256 and one of 32.
-  const std::int64_t threads = ceil_divide(ceil_divide(items, blocks_per_program), kWarp) * kWarp;
-  launch("qkv_rope_backward", qkv_rope_backward_kernel<T, kWidth>, params.num_programs * blocks_per_program,
-         static_cast<int>(threads), params.stream, params, units, static_cast<int>(blocks_per_program));
+  const Units units = Units::of<kWidth>(params.tables.half, params.layout.head_dim);
+  const BackwardBlocks blocks = backward_blocks(params.layout, units);
+  launch("qkv_rope_backward", qkv_rope_backward_kernel<T, kWidth>, params.num_programs * blocks.per_program,
+         blocks.threads, params.stream, params, units, static_cast<int>(blocks.per_program));
+}
+
+template <typename T, int kWidth>
+std::int64_t resident_programs(const char* op, const QkvLayout& layout, std::int64_t half) {
+  const BackwardBlocks blocks = backward_blocks(layout, Units::of<kWidth>(half, layout.head_dim));
+  return resident_blocks(op, qkv_rope_backward_kernel<T, kWidth>, blocks.threads) / blocks.per_program;
 }
 
 template <typename T, int kWidth>
 void rotate_in_place(const RopeParams& params) {
   constexpr const char* kOp = "rope";
-  const Units units = Units::of<kWidth>(params.tables, params.head_dim);
+  const Units units = Units::of<kWidth>(params.tables.half, params.head_dim);
   const TokenShare share = share_tokens(kOp, units.paired, params.q_heads + params.k_heads, params.tokens);
   launch(kOp, rope_kernel<T, kWidth>, ceil_divide(params.tokens, share.tokens_per_block), kThreads, params.stream,
          params, units, share);
@@ -317,7 +332,19 @@ void rope(const RopeParams& params) {
 }
 
 std::int64_t qkv_rope_backward_programs(const QkvLayout& layout, std::int64_t half, std::int64_t tokens, DType dtype) {
-  return qkv_rope_backward_programs(layout, half, tokens, dtype, num_multiprocessors("qkv_rope_backward_programs"));
+  constexpr const char* kOp = "qkv_rope_backward_programs";
+  check(kOp, layout, half);
+  require_at_least(kOp, "tokens", tokens, 1);
+  std::int64_t resident = 0;
+  dispatch(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    // Addresses and strides are not known here; where they ask for single elements, more blocks start than fit at once.
+    const bool wide = half % kPerVector<T> == 0 && layout.head_dim % kPerVector<T> == 0;
+    resident =
+        wide ? resident_programs<T, kPerVector<T>>(kOp, layout, half) : resident_programs<T, 1>(kOp, layout, half);
+  });
+  // As even as tokens allow: none is without one.
+  return ceil_divide(tokens, ceil_divide(tokens, std::max<std::int64_t>(1, resident)));
 }
 
 }  // namespace megatron_qwen

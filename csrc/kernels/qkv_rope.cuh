@@ -16,9 +16,9 @@ struct Units {
   int all;
 
   template <int kWidth>
-  static Units of(const RopeTables& tables, std::int64_t head_dim) {
-    const int paired = static_cast<int>(tables.half) / kWidth;
-    return {paired, paired + static_cast<int>(head_dim - 2 * tables.half) / kWidth};
+  static Units of(std::int64_t half, std::int64_t head_dim) {
+    const int paired = static_cast<int>(half) / kWidth;
+    return {paired, paired + static_cast<int>(head_dim - 2 * half) / kWidth};
   }
 
   template <int kWidth>

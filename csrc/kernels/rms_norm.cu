@@ -14,15 +14,6 @@ namespace {
 constexpr const char* kForward = "rms_norm_forward";
 constexpr const char* kBackward = "rms_norm_backward";
 
-// Thread blocks of `kernel` that the current device holds at once.
-template <typename Kernel>
-std::int64_t resident_blocks(const char* op, Kernel* kernel, int threads) {
-  int per_multiprocessor = 0;
-  check_cuda(op, "cannot read the occupancy",
-             cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, threads, 0));
-  return std::int64_t{num_multiprocessors(op)} * per_multiprocessor;
-}
-
 // Threads of a block that hold `held` elements of a row each; the last warp may be partly idle.
 inline int threads_that_hold(std::int64_t hidden, int held) {
   return static_cast<int>(ceil_divide(ceil_divide(hidden, held), kWarp)) * kWarp;

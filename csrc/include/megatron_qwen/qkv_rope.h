@@ -88,6 +88,7 @@ struct RopeParams {
 void check(const QkvRopeForwardParams& params);
 void check(const QkvRopeBackwardParams& params);
 void check(const RopeParams& params);
+void check(const char* op, const QkvLayout& layout, std::int64_t half);
 
 // Whether every access is 16 bytes: sizes, strides and addresses are multiples of that, and a bias has the dtype of the
 // rest. Otherwise the kernels move one element at a time.
@@ -95,16 +96,13 @@ bool moves_vectors(const QkvRopeForwardParams& params);
 bool moves_vectors(const QkvRopeBackwardParams& params);
 bool moves_vectors(const RopeParams& params);
 
-// The num_programs with which the gradient of these sizes fills a device of `multiprocessors`; none is without a token.
-std::int64_t qkv_rope_backward_programs(const QkvLayout& layout, std::int64_t half, std::int64_t tokens, DType dtype,
-                                        int multiprocessors);
-
 // Enqueue the kernel. Throw as check() does, and std::runtime_error with CUDA's own words if the launch fails.
 void qkv_rope_forward(const QkvRopeForwardParams& params);
 void qkv_rope_backward(const QkvRopeBackwardParams& params);
 void rope(const RopeParams& params);
 
-// The same with the multiprocessors of the current device.
+// The num_programs whose blocks the current device holds all at once, so that there are few partial rows; with `tokens`
+// >= 1 none is without a token.
 std::int64_t qkv_rope_backward_programs(const QkvLayout& layout, std::int64_t half, std::int64_t tokens, DType dtype);
 
 }  // namespace megatron_qwen
