@@ -54,7 +54,8 @@ def test_counts_by_hand(name: str, model: str, direction: str, num_bytes: int, f
 @pytest.mark.parametrize(
     ("name", "direction", "megabytes"),
     [("qkv_rope", "forward", 621), ("rope", "forward", 554), ("rms_norm", "forward", 470),
-     ("add_rms_norm", "forward", 940), ("rms_norm", "backward", 705), ("swiglu", "forward", 3725), ("swiglu", "backward", 6208)],
+     ("add_rms_norm", "forward", 940), ("rms_norm", "backward", 705), ("swiglu", "forward", 3725),
+     ("swiglu", "backward", 6208)],
 )  # fmt: skip
 def test_sizes_of_a_7b_layer_at_32k_tokens(name: str, direction: str, megabytes: int) -> None:
     assert round(counts(name, "7b", 32_768, direction)[0] / 1e6) == megabytes
