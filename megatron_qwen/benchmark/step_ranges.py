@@ -57,7 +57,6 @@ def named_ranges(step: TrainStep) -> Iterator[None]:
     """Put every part of `step` into a profiler range that starts with `breakdown.PREFIX`, inside the block."""
     from megatron.core.optimizer import clip_grads
 
-    from megatron_qwen import ops
     from megatron_qwen.training import step as step_module
 
     config, optimizer = step.chunks[0].config, step.optimizer
@@ -74,7 +73,6 @@ def named_ranges(step: TrainStep) -> Iterator[None]:
                 kind = module_kind(path, module)
                 if kind is not None:
                     stack.enter_context(_module_range(module, kind))
-        around(ops, "linear_cross_entropy", "output GEMM + loss")
         around(step_module, "lm_loss", "loss")
         around(config, "finalize_model_grads_func", "gradient reduction")
         around(optimizer, "zero_grad", "zero gradients")
