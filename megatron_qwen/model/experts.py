@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from megatron_qwen.model.swiglu import SwiGLU
+from megatron_qwen.model.swiglu import SwiGLU, is_plain_swiglu
 from megatron_qwen.ops import swiglu_backward_
 
 
@@ -56,10 +57,9 @@ class LocalExperts(SequentialMLP):  # type: ignore[misc]  # megatron-core is unt
         """Whether nothing is asked for that only Megatron's own forward does."""
         config = self.config
         activation = self.local_experts[0].activation_func
-        is_swiglu = isinstance(activation, SwiGLU) or (
-            activation is functional.silu and config.gated_linear_unit and config.activation_func_clamp_value is None
-        )
-        return is_swiglu and not (config.add_bias_linear or config.moe_apply_probs_on_input or config.fp8 or config.fp4)
+        is_known = isinstance(activation, SwiGLU) or activation is functional.silu
+        asks_for_more = config.add_bias_linear or config.moe_apply_probs_on_input or config.fp8 or config.fp4
+        return is_known and is_plain_swiglu(config) and not asks_for_more
 
 
 class _GroupedMlp(torch.autograd.Function):
@@ -84,6 +84,7 @@ class _GroupedMlp(torch.autograd.Function):
         return y_TH
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x_TH, probs_T, packed, *weights = ctx.saved_tensors
         counts = ctx.counts

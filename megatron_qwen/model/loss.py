@@ -17,7 +17,6 @@ from megatron.core.tensor_parallel import layers
 from megatron_qwen import ops
 from megatron_qwen.errors import ConfigError
 from megatron_qwen.parallel.device import current_device
-from megatron_qwen.parallel.weight_gradients import clear
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -150,9 +149,7 @@ class MainGradient:
 
     def add(self, rows: slice, grad_logits: torch.Tensor, hidden: torch.Tensor) -> None:
         """Add grad_logits^T hidden to these rows; see `ops.WeightGradient`."""
-        main_grad: torch.Tensor = self._weight.main_grad  # type: ignore[attr-defined]
-        clear(main_grad)
-        buffer = main_grad[rows]
+        buffer = self._weight.main_grad[rows]  # type: ignore[attr-defined]
         kernels = layers.fused_weight_gradient_mlp_cuda
         if buffer.dtype == torch.float32:
             kernels.wgrad_gemm_accum_fp32(hidden, grad_logits, buffer)
