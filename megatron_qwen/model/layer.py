@@ -31,6 +31,12 @@ class ResidualNormLayer(TransformerLayer):  # type: ignore[misc]  # megatron-cor
             plain: Any = self.self_attn_bda  # type: ignore[has-type]  # megatron-core is untyped
             self.self_attn_bda = _AddBeforeNorm(self.pre_mlp_layernorm, plain)
 
+    def _forward_attention(self, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.self_attn_bda, _AddBeforeNorm):
+            # Megatron enables gradients for the add, whatever the mode around it; a norm would then keep its input.
+            self.self_attn_bda.wants_gradients = torch.is_grad_enabled()
+        return super()._forward_attention(*args, **kwargs)
+
 
 class _AddBeforeNorm:
     """In the place of Megatron's bias-dropout-add behind attention."""
@@ -38,6 +44,7 @@ class _AddBeforeNorm:
     def __init__(self, norm: RMSNorm, otherwise: Any) -> None:
         self._norm = norm
         self._otherwise = otherwise
+        self.wants_gradients = True
 
     def __call__(self, training: bool, fused: bool) -> Any:
         plain = self._otherwise(training, fused)
@@ -47,6 +54,7 @@ class _AddBeforeNorm:
             if bias is not None or dropout:
                 total: torch.Tensor = plain(output_with_bias, residual, dropout)
                 return total
-            return self._norm.add(output, residual)
+            with torch.set_grad_enabled(self.wants_gradients):
+                return self._norm.add(output, residual)
 
         return add

@@ -81,3 +81,20 @@ def test_a_norm_kept_ready_serves_the_sum_it_was_computed_of_and_no_other():
     torch.testing.assert_close(module(total), ops.rms_norm(x + residual, module.weight, eps=module.eps))
     ready = module.add(x, residual)
     assert torch.equal(module(ready), module(ready)), "computed the second time"
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_nothing_is_kept_for_them(mode, monkeypatch):
+    model = model_of("dense")
+    original = ops.add_rms_norm
+    results = []
+
+    def keeping(*args: Any, **kwargs: Any) -> Any:
+        results.extend(original(*args, **kwargs))
+        return results[-2:]
+
+    monkeypatch.setattr(norm.ops, "add_rms_norm", keeping)
+    with mode():
+        model(torch.arange(8)[None], torch.arange(8)[None], None)
+    assert results
+    assert not any(each.requires_grad for each in results)
