@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from ..qkv_rope.reference import rotate, tables_of_tokens
+from ..qkv_rope.reference import tables_of_tokens
 
 
 def rotate_(
@@ -21,5 +21,12 @@ def rotate_(
 ) -> None:
     """Rotate heads [S, B, N, D] where they are, by the opposite angle if inverse; the rest as in `rope_`."""
     cos, sin = tables_of_tokens(cos, sin, positions, heads_SBND[..., 0])
-    wide = heads_SBND.to(cos.dtype)
-    heads_SBND.copy_(rotate(wide, cos, -sin if inverse else sin))
+    if inverse:
+        sin = -sin
+    wide, half = heads_SBND.to(cos.dtype), cos.shape[-1]
+    first, second = wide[..., :half], wide[..., half : 2 * half]
+    turned = torch.mul(first, cos, out=first.new_empty(first.shape)).addcmul_(second, sin, value=-1)
+    second.mul_(cos).addcmul_(first, sin)
+    first.copy_(turned)
+    if wide is not heads_SBND:
+        heads_SBND.copy_(wide)
