@@ -100,14 +100,18 @@ def launch_backward(
     rms_norm_backward_kernel[(programs,)](
         grad, grad_sum, x, weight, inverse_rms, grad_x, partial, rows, rows_per_program, hidden, x.stride(0),
         ADDS=grad_sum is not None, BLOCK=block, num_warps=_num_warps(block),
-        maxnreg=_backward_registers(block),
+        maxnreg=_backward_registers(x, block),
     )  # fmt: skip
     launch_column_sum(partial, grad_weight)
 
 
-def _backward_registers(block: int) -> int | None:
-    """`maxnreg` of backward: without it ptxas goes from 64 to 48 on sm_80, and spills for that at 0.5B."""
-    return 64 if block <= 256 * _num_warps(block) else None
+def _backward_registers(x: torch.Tensor, block: int) -> int | None:
+    """`maxnreg` of backward: without it ptxas goes from 64 to 48 on sm_80, and spills for that at 0.5B.
+
+    Rows that are no multiple of 16 bytes take an address per element, which does not fit 64.
+    """
+    is_wide = x.shape[1] * x.element_size() % 16 == 0
+    return 64 if is_wide and block <= 256 * _num_warps(block) else None
 
 
 def _num_warps(block: int) -> int:
