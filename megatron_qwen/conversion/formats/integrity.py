@@ -43,11 +43,16 @@ class FileStamps:
 
     def check(self, where: Path) -> None:
         """Raise CorruptInputError if a file was replaced, deleted or written to."""
-        changed = sorted(
-            file.name for file, stamp in self._stamps.items() if not file.is_file() or _stamp(file) != stamp
-        )
+        changed = sorted(file.name for file, stamp in self._stamps.items() if _stamp_if_there(file) != stamp)
         if changed:
             raise CorruptInputError(f"{where}: changed while it was read: {', '.join(changed)}; run again")
+
+
+def _stamp_if_there(file: Path) -> tuple[int, int, int] | None:
+    try:
+        return _stamp(file)
+    except FileNotFoundError:
+        return None
 
 
 def _stamp(file: Path) -> tuple[int, int, int]:

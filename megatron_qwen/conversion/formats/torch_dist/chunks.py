@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import os
 import struct
 import threading
 import zipfile
@@ -175,11 +176,15 @@ def _read_box(path: Path, place: _Place, dtype: torch.dtype, first: int, size: l
 
 
 def _open_chunk(path: Path, offset: int, length: int, expected: tuple[Index, torch.dtype], what: str) -> _Place:
-    if not path.is_file():
-        raise IncompleteInputError(f"{path}: missing; .metadata names it")
-    if path.stat().st_size < offset + length:
-        raise CorruptInputError(f"{path}: {path.stat().st_size} bytes, .metadata needs {offset + length}: truncated")
-    with path.open("rb", buffering=0) as stream:
+    try:
+        # Opened before it is looked at: a file may go away between two looks.
+        stream = path.open("rb", buffering=0)
+    except (FileNotFoundError, IsADirectoryError):
+        raise IncompleteInputError(f"{path}: missing; .metadata names it") from None
+    with stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size < offset + length:
+            raise CorruptInputError(f"{path}: {size} bytes, .metadata needs {offset + length}: truncated")
         window = _Window(stream, offset, length)
         try:
             with zipfile.ZipFile(window) as archive:
