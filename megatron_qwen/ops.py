@@ -75,14 +75,14 @@ __all__ = [
 
 
 def choices() -> list[OpChoice]:
-    """Return which backend each operation would use here for bf16 tensors, and why.
+    """Return which backend each operation would use here for bf16 tensors, and why; by name.
 
     On the CUDA device if there is one, on the CPU otherwise. A request that cannot be met shows as backend "none"
     with the words of the error.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = []
-    for op in OPERATIONS:
+    for op in sorted(OPERATIONS):
         try:
             found.append(explain_choice(op, device))
         except ConfigError as error:
