@@ -176,7 +176,7 @@ def _choices() -> tuple[Choice, ...]:
     te, local = ("te", "Transformer Engine"), ("local", "torch")
     layers, engine = te if with_te else local
     attention = engine if with_te else "torch scaled_dot_product_attention"
-    experts = "Transformer Engine, grouped GEMM" if with_te else "torch, one expert after another"
+    experts = "Transformer Engine, grouped GEMM" if with_te else "ops.grouped_mlp: a rank's experts in one operation"
     backend = communication_backend()
     return (
         Choice(part="layer specification", backend=layers, reason=why),

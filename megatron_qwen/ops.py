@@ -36,7 +36,7 @@ from megatron_qwen.kernels.moe_routing import (
 from megatron_qwen.kernels.qkv_rope import context_parallel_positions, packed_positions, qkv_rope, rope_tables
 from megatron_qwen.kernels.rms_norm import add_rms_norm, rms_norm
 from megatron_qwen.kernels.rope import rope_
-from megatron_qwen.kernels.swiglu import swiglu, swiglu_backward_
+from megatron_qwen.kernels.swiglu import swiglu
 
 __all__ = [
     "BACKENDS",
@@ -68,7 +68,6 @@ __all__ = [
     "rope_",
     "rope_tables",
     "swiglu",
-    "swiglu_backward_",
     "use_backend",
     "z_loss",
 ]

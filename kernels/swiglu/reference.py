@@ -20,26 +20,15 @@ def forward(packed: torch.Tensor) -> torch.Tensor:
 
 
 def backward(grad: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
-    """Return the gradient of packed [..., 2F], contiguous, from that of the output [..., F]."""
-    gate, up = packed.chunk(2, dim=-1)
-    return swiglu_backward_(grad, gate, functional.silu(gate), up)
+    """Return the gradient of packed [..., 2F], contiguous, from that of the output [..., F].
 
-
-def swiglu_backward_(grad: torch.Tensor, gate: torch.Tensor, silu_gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Return the gradient of the packed input [..., 2F] of silu(gate) * up, both halves written in place.
-
-    With s = sigmoid(gate): d gate = grad up s (1 + gate (1 - s)), d up = grad silu(gate). Autograd's own formula
-    concatenates the halves, at one more pass.
-
-    Args:
-        grad: of the output [..., F].
-        gate: the first half of the packed input.
-        silu_gate: silu(gate); overwritten.
-        up: the second half.
+    With s = sigmoid(gate): d gate = grad up s (1 + gate (1 - s)), d up = grad silu(gate). Both halves are written in
+    place: autograd's own formula concatenates them, at one more pass.
     """
-    width = gate.shape[-1]
-    grad_packed = grad.new_empty(*grad.shape[:-1], 2 * width)
-    grad_gate, grad_up = grad_packed[..., :width], grad_packed[..., width:]
+    gate, up = packed.chunk(2, dim=-1)
+    silu_gate = functional.silu(gate)
+    grad_packed = grad.new_empty(packed.shape)
+    grad_gate, grad_up = grad_packed.chunk(2, dim=-1)
     torch.mul(grad, silu_gate, out=grad_up)
     torch.ops.aten.silu_backward.grad_input(torch.mul(grad, up, out=silu_gate), gate, grad_input=grad_gate)
     return grad_packed

@@ -8,7 +8,6 @@ those that use it as it is. Importing this module changes nothing in torch or Me
 from __future__ import annotations
 
 import functools
-import logging
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -38,8 +37,6 @@ from megatron_qwen.model.norm import RMSNorm
 from megatron_qwen.model.self_attention import QwenSelfAttention
 from megatron_qwen.model.swiglu import SwiGLU
 from megatron_qwen.model.transformer_config import transformer_engine_by_default
-
-logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "local", "te")
 
@@ -97,7 +94,7 @@ def layer_spec(*, backend: str, num_experts: int | None = None, grouped_gemm: bo
     Args:
         backend: "local" or "te".
         num_experts: experts of a MoE layer.
-        grouped_gemm: compute the experts of a MoE layer as one grouped GEMM ("te" only).
+        grouped_gemm: compute the experts of a MoE layer as one grouped GEMM; "local" always does.
     """
     if backend == "te":
         return get_gpt_layer_with_transformer_engine_spec(
@@ -160,8 +157,6 @@ def block_spec(
         ConfigError: see `resolve_backend`.
     """
     backend = resolve_backend(backend, config)
-    if backend == "local" and config.moe_grouped_gemm:
-        logger.warning("moe_grouped_gemm has no effect with backend 'local': experts are computed one after another")
     kinds = {
         is_moe: layer_spec(
             backend=backend,

@@ -274,6 +274,5 @@ NO_OPERATIONS = {
     "moe_mlp": "grouped_mlp with the rows of another order; its own test file",
     "expert_order": "integers: covered with moe_permute",
     "linear_cross_entropy_terms": "linear_cross_entropy with more results",
-    "swiglu_backward_": "the formula of swiglu's gradient, in place; tests/model/test_experts.py",
     **dict.fromkeys(("huggingface_balance_loss", "megatron_balance_loss", "z_loss"), "a few torch operations on sums"),
 }

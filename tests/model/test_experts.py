@@ -97,6 +97,5 @@ def test_what_only_megatrons_forward_does_is_left_to_it(experts, field, monkeypa
 def test_a_second_derivative_is_refused(experts):
     x = torch.randn(3, 64, dtype=torch.float64, requires_grad=True)
     y, _ = experts(x, torch.tensor([3, 0, 0, 0]), torch.rand(3, dtype=torch.float64))
-    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    with pytest.raises(RuntimeError, match="has no gradient"):
+        torch.autograd.grad(y.square().sum(), x, create_graph=True)
