@@ -18,6 +18,15 @@ from megatron_qwen.kernels.backends import (
     requested_backend,
     use_backend,
 )
+from megatron_qwen.kernels.dual_chunk_attention import (
+    ChunkLayout,
+    dual_chunk_attention,
+    dual_chunk_attention_backward,
+    log_length_temperature,
+    merge_attention,
+    paged_decode_attention,
+    prescaled_keys,
+)
 from megatron_qwen.kernels.grouped_mlp import SharedExpert, grouped_mlp, moe_mlp
 from megatron_qwen.kernels.linear_cross_entropy import (
     TokenLosses,
@@ -41,6 +50,7 @@ from megatron_qwen.kernels.swiglu import swiglu
 __all__ = [
     "BACKENDS",
     "OPERATIONS",
+    "ChunkLayout",
     "ExpertOrder",
     "OpChoice",
     "Routing",
@@ -50,18 +60,24 @@ __all__ = [
     "add_rms_norm",
     "choices",
     "context_parallel_positions",
+    "dual_chunk_attention",
+    "dual_chunk_attention_backward",
     "expert_order",
     "explain_choice",
     "grouped_mlp",
     "huggingface_balance_loss",
     "linear_cross_entropy",
     "linear_cross_entropy_terms",
+    "log_length_temperature",
     "megatron_balance_loss",
+    "merge_attention",
     "moe_mlp",
     "moe_permute",
     "moe_routing",
     "moe_unpermute",
     "packed_positions",
+    "paged_decode_attention",
+    "prescaled_keys",
     "qkv_rope",
     "requested_backend",
     "rms_norm",
