@@ -6,11 +6,13 @@ Supported: >=0.16.1,<0.20. pip resolves 0.16.1 on Python below 3.12 and 0.19.x o
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import importlib.metadata
 import importlib.util
 import sys
+import types
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -292,6 +294,41 @@ def experts_of_a_layer(module: type, submodules: Any) -> Any:
     if megatron_version() >= Version("0.17"):
         return functools.partial(module, submodules=submodules)
     return module, submodules
+
+
+def moe_of_a_layer(module: type, router: type, moe: Any) -> Any:
+    """Return the MLP of a layer's spec with subclasses of Megatron-Core's MoELayer and TopKRouter in their places.
+
+    Args:
+        module: the MoE layer.
+        router: its router.
+        moe: what Megatron-Core's `get_mlp_module_spec_for_backend` returns: a builder since 0.17, a spec before.
+    """
+    if megatron_version() >= Version("0.17"):
+        submodules = moe.keywords["submodules"]
+        return functools.partial(module, submodules=dataclasses.replace(submodules, router=router))
+    return dataclasses.replace(moe, module=module, submodules=dataclasses.replace(moe.submodules, router=router))
+
+
+def with_process_groups(submodules: Any, pg_collection: Any) -> Any:
+    """Return a layer's submodules such that its MoE layer, a subclass, is built with the layer's process groups.
+
+    Before 0.17, a layer hands them to exactly MoELayer and warns of any other class; since then to all MLPs.
+    """
+    moe_layer = importlib.import_module("megatron.core.transformer.moe.moe_layer").MoELayer
+    mlp = submodules.mlp
+    module = getattr(mlp, "module", None)
+    is_subclass = isinstance(module, type) and issubclass(module, moe_layer) and module is not moe_layer
+    if megatron_version() >= Version("0.17") or not is_subclass:
+        return submodules
+    params = {**mlp.params, "pg_collection": pg_collection}
+    built_as_it_is = types.SimpleNamespace(module=module, submodules=mlp.submodules, params=params)
+    return dataclasses.replace(submodules, mlp=built_as_it_is)
+
+
+def of_data_parallel_ranks() -> dict[str, bool]:
+    """Keyword arguments that say to Megatron-Core's table of MoE losses that one is the same on data-parallel ranks."""
+    return {"needs_dp_avg": False} if megatron_version() >= Version("0.17") else {"reduce_group_has_dp": True}
 
 
 def has_apex_gradient_fusion() -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_qwen import ops
+from megatron_qwen.errors import ConfigError
 from megatron_qwen.model.swiglu import SwiGLU, is_plain_swiglu
 
 
@@ -37,7 +38,7 @@ class LocalExperts(SequentialMLP):  # type: ignore[misc]  # megatron-core is unt
             [R, H] in the dtype of the input, and None for the bias that Qwen's experts lack.
         """
         x = permuted_local_hidden_states
-        if not self._is_plain():
+        if not self.is_plain():
             result: tuple[Tensor, Tensor | None] = super().forward(x, tokens_per_expert, permuted_probs)
             return result
         offsets = functional.pad(tokens_per_expert.to(x.device, torch.int64).cumsum(0), (1, 0))
@@ -45,15 +46,35 @@ class LocalExperts(SequentialMLP):  # type: ignore[misc]  # megatron-core is unt
             x.contiguous(),
             permuted_probs.to(torch.promote_types(x.dtype, torch.float32)),
             offsets,
-            [expert.linear_fc1.weight for expert in self.local_experts],
-            [expert.linear_fc2.weight for expert in self.local_experts],
+            [parameter_of(expert.linear_fc1) for expert in self.local_experts],
+            [parameter_of(expert.linear_fc2) for expert in self.local_experts],
         )
         return output, None
 
-    def _is_plain(self) -> bool:
+    def is_plain(self) -> bool:
         """Whether nothing is asked for that only Megatron's own forward does."""
         config = self.config
         activation = self.local_experts[0].activation_func
         is_known = isinstance(activation, SwiGLU) or activation is functional.silu
         asks_for_more = config.add_bias_linear or config.moe_apply_probs_on_input or config.fp8 or config.fp4
         return is_known and is_plain_swiglu(config) and not asks_for_more
+
+
+def parameter_of(module: torch.nn.Module, name: str = "weight") -> Tensor:
+    """Return a parameter of a module whose forward is not called, after the module's forward pre-hooks.
+
+    In them Megatron's DDP waits for the parameters that it gathers while the layers before are computed
+    (overlap_param_gather).
+
+    Raises:
+        ConfigError: a hook returns inputs for the module, which has none here.
+    """
+    for key, hook in module._forward_pre_hooks.items():
+        result = hook(module, (), {}) if key in module._forward_pre_hooks_with_kwargs else hook(module, ())
+        if result is not None:
+            raise ConfigError(
+                f"local backend: a forward pre-hook of {type(module).__name__} returns inputs, but experts are "
+                "computed in one operation and their modules get none; remove the hook, or put it on the MoE layer"
+            )
+    parameter: Tensor = getattr(module, name)
+    return parameter

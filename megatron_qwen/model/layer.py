@@ -9,8 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from megatron_qwen import compat
 from megatron_qwen.model.norm import RMSNorm
 
 WithBias = tuple[torch.Tensor, torch.Tensor | None]
@@ -22,9 +24,17 @@ class ResidualNormLayer(TransformerLayer):  # type: ignore[misc]  # megatron-cor
     Where dropout, a bias, fp32 residuals or recompute of the norm stand between the two, they stay apart.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: TransformerLayerSubmodules,
+        *args: Any,
+        pg_collection: Any = None,
+        **kwargs: Any,
+    ) -> None:
         """Build Megatron's layer; arguments are its own."""
-        super().__init__(*args, **kwargs)
+        submodules = compat.with_process_groups(submodules, pg_collection)
+        super().__init__(config, submodules, *args, pg_collection=pg_collection, **kwargs)
         if isinstance(self.pre_mlp_layernorm, RMSNorm) and not (
             self.hidden_dropout or self.recompute_pre_mlp_layernorm or self.config.fp32_residual_connection
         ):

@@ -33,7 +33,9 @@ from megatron_qwen.errors import ConfigError
 from megatron_qwen.model.attention import CoreAttention
 from megatron_qwen.model.experts import LocalExperts
 from megatron_qwen.model.layer import ResidualNormLayer
+from megatron_qwen.model.moe import QwenMoELayer
 from megatron_qwen.model.norm import RMSNorm
+from megatron_qwen.model.router import QwenRouter
 from megatron_qwen.model.self_attention import QwenSelfAttention
 from megatron_qwen.model.swiglu import SwiGLU
 from megatron_qwen.model.transformer_config import transformer_engine_by_default
@@ -104,6 +106,8 @@ def layer_spec(*, backend: str, num_experts: int | None = None, grouped_gemm: bo
     mlp = get_mlp_module_spec_for_backend(
         backend=provider, num_experts=num_experts, moe_grouped_gemm=False, use_te_activation_func=True
     )
+    if num_experts is not None:
+        mlp = compat.moe_of_a_layer(QwenMoELayer, QwenRouter, mlp)
     attention = SelfAttentionSubmodules(
         linear_qkv=provider.column_parallel_linear(),
         core_attention=provider.core_attention(),

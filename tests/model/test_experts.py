@@ -91,7 +91,7 @@ def test_probabilities_of_higher_precision_round_once():
 @pytest.mark.parametrize("field", ["glu_linear_offset", "activation_func_clamp_value", "moe_apply_probs_on_input"])
 def test_what_only_megatrons_forward_does_is_left_to_it(experts, field, monkeypatch):
     monkeypatch.setattr(experts.config, field, 1.0)
-    assert not experts._is_plain()
+    assert not experts.is_plain()
 
 
 def test_a_second_derivative_is_refused(experts):
