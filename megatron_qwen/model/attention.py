@@ -1,7 +1,9 @@
-"""Core attention on torch's scaled_dot_product_attention, in the place of Megatron's local one.
+"""Core attention in the place of Megatron's local one: plain, Dual Chunk Attention, and across context-parallel ranks.
 
-Megatron's `DotProductAttention` repeats keys and values for grouped queries and holds the scores
-[B, N, S, S]; this one does neither where torch has a fused kernel for the case.
+Plain attention on one rank is torch's scaled_dot_product_attention: Megatron's `DotProductAttention` repeats keys and
+values for grouped queries and holds the scores [B, N, S, S]; this one does neither where torch has a fused kernel for
+the case. The others are `ops.dual_chunk_attention`, of which plain causal attention is a special case; where the keys
+of other ranks come from is in `parallel/context.py`.
 
 Shapes: S query tokens, T key tokens, B sequences, N query heads and G key-value heads of this rank,
 D head size.
@@ -18,7 +20,13 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch.nn import functional
 
+from megatron_qwen import ops
 from megatron_qwen.errors import ConfigError
+from megatron_qwen.model.dual_chunk import DualChunk, dual_chunk_of, packed_bounds, rank_positions, sequence_length
+from megatron_qwen.model.gathered_attention import CausalAttention, attend_gathered, attend_packed, plan_packed
+from megatron_qwen.model.ring_attention import attend_ring
+from megatron_qwen.parallel.context import ALL_GATHER, RING, require_comm_type
+from megatron_qwen.parallel.per_tensor import PerTensor
 
 if TYPE_CHECKING:
     from megatron.core.packed_seq_params import PackedSeqParams
@@ -49,17 +57,25 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]  # megatron-core is u
             attention_type: not used.
             attention_dropout: probability; the configuration's if None.
             softmax_scale: D^-0.5 if None.
-            cp_comm_type: not used.
-            pg_collection: not used; the heads of this rank are read off the inputs.
+            cp_comm_type: how context-parallel ranks come by the keys: "p2p" (also for None) or "all_gather".
+            pg_collection: Megatron's groups, of which the context-parallel one is taken; the running ones if None.
 
         Raises:
-            ConfigError: context parallelism, windows, a softmax offset or layer-wise scaling.
+            ConfigError: windows, a softmax offset, layer-wise scaling, another kind of context parallelism, or that
+                with dropout.
         """
         super().__init__(config=config)
         _require_supported(config)
         self.is_causal = attn_mask_type in (AttnMaskType.causal, AttnMaskType.padding_causal)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale if softmax_scale is not None else config.softmax_scale
+        self.dual_chunk: DualChunk | None = dual_chunk_of(config)
+        self.cp_group, self.cp_comm_type = None, cp_comm_type or RING
+        if config.context_parallel_size > 1:
+            require_comm_type(self.cp_comm_type, "cp_comm_type")
+            if self.dropout:
+                raise ConfigError(f"attention_dropout: got {self.dropout}; expected 0 with context parallelism")
+            self.cp_group = _context_parallel_group(config.context_parallel_size, pg_collection)
 
     def forward(
         self,
@@ -74,8 +90,10 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]  # megatron-core is u
         """Attend.
 
         Args:
-            query: [S, B, N, D], or [S, N, D] packed.
-            key: [T, B, G, D], or [T, G, D] packed; T >= S with a key-value cache.
+            query: [S, B, N, D], or [S, N, D] packed. Rotated; but where Dual Chunk Attention is active for sequences
+                of this length (`DualChunk.is_active`), as projected.
+            key: [T, B, G, D], or [T, G, D] packed; T >= S with a key-value cache. Rotated; for Dual Chunk Attention
+                at the positions within chunks.
             value: as key.
             attention_mask: bool, True where a query must not see a key, broadcastable to [B, N, S, T];
                 it is the whole mask. None: the last query sees every key, and earlier ones fewer, if causal.
@@ -88,10 +106,15 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]  # megatron-core is u
             [S, B, N * D], or [S, N * D] packed.
 
         Raises:
-            ConfigError: an attention bias.
+            ConfigError: an attention bias; or a mask, dropout or a cache where the operation takes none.
         """
         if attention_bias is not None:
             raise ConfigError("attention bias is not supported by the local backend; use backend 'te'")
+        packed = packed_seq_params if query.dim() == 3 else None
+        length = self._chunked_length(key, packed)
+        if length is not None or self.cp_group is not None:
+            self._require_plain_causal(attention_mask, query, key)
+            return self._by_operation(query, key, value, packed, length)
         if packed_seq_params is not None and query.dim() == 3:
             return self._packed(query, key, value, packed_seq_params)
         q_BNSD, k_BGTD, v_BGTD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
@@ -133,10 +156,103 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]  # megatron-core is u
             return contextlib.nullcontext()
         return get_cuda_rng_tracker().fork()  # type: ignore[no-any-return]
 
+    def _chunked_length(self, key: torch.Tensor, packed: PackedSeqParams | None) -> int | None:
+        """Return the length of the longest sequence where Dual Chunk Attention is active for it, else None."""
+        if self.dual_chunk is None:
+            return None
+        length = sequence_length(key.shape[0], packed, self.config.context_parallel_size)
+        return length if self.dual_chunk.is_active(length) else None
+
+    def _by_operation(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        packed: PackedSeqParams | None,
+        length: int | None,
+    ) -> torch.Tensor:
+        """Attend by `ops.dual_chunk_attention`; `length` is that of the longest sequence, None for plain attention."""
+        dual = self.dual_chunk if length is not None else None
+        attention, logit_scale = CausalAttention(softmax_scale=self.softmax_scale), None
+        if dual is not None and length is not None:
+            attention = CausalAttention(
+                chunks=dual.chunks_at(length), tables=dual.tables(query.device), softmax_scale=self.softmax_scale
+            )
+            rows, offset = query.shape[0], key.shape[0] - query.shape[0]
+            logit_scale = dual.logit_scale(
+                rank_positions(rows, packed, query.device, offset=offset, group=self.cp_group)
+            )
+        bounds = None if packed is None else packed_bounds(packed)
+        if self.cp_group is None:
+            output = _on_one_rank(query, key, value, attention, bounds, logit_scale)
+        else:
+            output = self._across_ranks(query, key, value, attention, bounds, logit_scale)
+        return output.flatten(-2)
+
+    def _across_ranks(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention: CausalAttention,
+        bounds: torch.Tensor | None,
+        logit_scale: torch.Tensor | None,
+    ) -> torch.Tensor:
+        group = self.cp_group
+        assert group is not None, "only with context parallelism"
+        if bounds is None:
+            attend = attend_ring if self.cp_comm_type == RING else attend_gathered
+            return attend(query, key, value, attention, group, logit_scale=logit_scale)
+        if self.cp_comm_type != ALL_GATHER:
+            raise ConfigError(f"cp_comm_type: got {self.cp_comm_type!r} with packed sequences; expected {ALL_GATHER!r}")
+        plan = _PLANS.get(bounds, lambda: plan_packed(bounds, rank=group.rank(), size=group.size()))
+        return attend_packed(query, key, value, plan, attention, group, logit_scale=logit_scale)
+
+    def _require_plain_causal(
+        self, attention_mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor
+    ) -> None:
+        what = "context parallelism" if self.cp_group is not None else "Dual Chunk Attention"
+        problems = {
+            "an attention mask": attention_mask is not None,
+            "attention that is not causal": not self.is_causal,
+            "attention dropout in training": bool(self.dropout) and self.training,
+            "a key-value cache": self.cp_group is not None and key.shape[0] != query.shape[0],
+        }
+        found = [name for name, is_there in problems.items() if is_there]
+        if found:
+            raise ConfigError(f"local attention: {' and '.join(found)} with {what}; expected none")
+
+
+_PLANS = PerTensor()
+
+
+def _on_one_rank(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention: CausalAttention,
+    bounds: torch.Tensor | None,
+    logit_scale: torch.Tensor | None,
+) -> torch.Tensor:
+    options = {**attention.options(), "logit_scale": logit_scale}
+    if bounds is not None:
+        return ops.dual_chunk_attention(query, key, value, cu_seqlens_q=bounds, cu_seqlens_k=bounds, **options)[0]
+    output, _ = ops.dual_chunk_attention(*(each.transpose(0, 1) for each in (query, key, value)), **options)
+    return output.transpose(0, 1)
+
+
+def _context_parallel_group(size: int, pg_collection: Any) -> Any:
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_context_parallel_group(False) if pg_collection is None else pg_collection.cp
+    if group is None or group.size() != size:
+        running = "none" if group is None else f"one of {group.size()} ranks"
+        raise ConfigError(f"context_parallel_size: got {size}, but the context-parallel group is {running}")
+    return group
+
 
 def _require_supported(config: TransformerConfig) -> None:
     problems = {
-        "context_parallel_size": (config.context_parallel_size, 1),
         "softmax_type": (config.softmax_type, "vanilla"),
         "window_size": (config.window_size, None),
         "apply_query_key_layer_scaling": (config.apply_query_key_layer_scaling, False),

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 MODEL_TYPES = ("qwen2", "qwen2_moe")
 TORCH_DTYPES = ("float32", "bfloat16", "float16")
+CAPS = ("released", "paper")
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
@@ -98,23 +99,41 @@ class DualChunkAttention:
             is `chunk_size - local_size`).
         local_size: window, in tokens, in which the previous chunk is seen at true distances.
         original_max_position_embeddings: length from which attention is rescaled; 0 for never.
+        cap: largest position of a query: "released" for chunk_size, as in the released code, or "paper" for
+            chunk_size - 1. Not among the released files' entries; written where it is "paper".
         sparse_attention_enabled, sparse_attention_threshold, sparse_attention_last_q: settings of the
             sparse prefill; None where the file does not have them.
+        other_fields: further entries of the file (such as `sparse_attention_config`), kept for export.
     """
 
     chunk_size: int
     local_size: int
     original_max_position_embeddings: int = 0
+    cap: str = "released"
     sparse_attention_enabled: bool | None = None
     sparse_attention_threshold: int | None = None
     sparse_attention_last_q: int | None = None
+    other_fields: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not 0 < self.local_size < self.chunk_size:
-            raise ConfigError(
-                f"dual_chunk_attention_config: got chunk_size {self.chunk_size}, local_size {self.local_size}, "
-                "expected 0 < local_size < chunk_size"
+        problems = []
+        for name in ("chunk_size", "local_size", "original_max_position_embeddings"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                problems.append(f"{name}: got {value!r}, expected a whole number >= 0")
+        if not problems and self.local_size >= self.chunk_size:
+            problems.append(
+                f"got chunk_size {self.chunk_size}, local_size {self.local_size}, expected local_size < chunk_size"
             )
+        if self.cap not in CAPS:
+            problems.append(f"cap: got {self.cap!r}, expected one of {', '.join(CAPS)}")
+        if problems:
+            raise ConfigError("dual_chunk_attention_config: " + "; ".join(problems))
+
+    @property
+    def chunk_length(self) -> int:
+        """Tokens of one chunk; up to this length attention is the ordinary one."""
+        return self.chunk_size - self.local_size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -295,7 +295,8 @@ def _notes(config: QwenConfig, settings: LaunchSettings) -> tuple[str, ...]:
     notes = []
     if config.dual_chunk_attention is not None:
         notes.append(
-            "Dual chunk attention is inference only and no Megatron-LM option: these flags train with plain attention."
+            "Dual chunk attention is no Megatron-LM option: these flags train with plain attention, which is the same "
+            f"up to {config.dual_chunk_attention.chunk_length:,} tokens; beyond that use `megatron-qwen train`."
         )
     if settings.tokenizer is None:
         notes.append("No tokenizer is named: add --tokenizer-type HuggingFaceTokenizer --tokenizer-model DIR.")

@@ -145,7 +145,7 @@ def config_to_hf(config: QwenConfig) -> dict[str, Any]:
     content["rope_scaling"] = scaling
     content["rope_parameters"] = {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})}
     if config.dual_chunk_attention is not None:
-        content["dual_chunk_attention_config"] = _without_none(dataclasses.asdict(config.dual_chunk_attention))
+        content["dual_chunk_attention_config"] = _dual_chunk_attention_to_hf(config.dual_chunk_attention)
     return content | {"torch_dtype": config.torch_dtype, "dtype": config.torch_dtype}
 
 
@@ -260,14 +260,35 @@ def _read_dual_chunk_attention(where: str, content: Mapping[str, Any]) -> DualCh
     block = content.get("dual_chunk_attention_config")
     if not block:
         return None
-    known = {spec.name for spec in dataclasses.fields(DualChunkAttention)}
-    unknown = sorted(set(block) - known)
-    if unknown or not {"chunk_size", "local_size"} <= set(block):
+    if not isinstance(block, dict):
+        raise ConfigError(f"{where}: dual_chunk_attention_config is {block!r}, expected an object or null")
+    known = {spec.name for spec in dataclasses.fields(DualChunkAttention)} - {"other_fields"}
+    other = {name: value for name, value in block.items() if name not in known}
+    for name in other:
+        # The sparse prefill has entries of its own, whose names resemble ours.
+        close = [] if name.startswith("sparse_attention_") else difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+        if close:
+            raise ConfigError(
+                f"{where}: dual_chunk_attention_config: unknown field {name!r}. Did you mean {close[0]!r}?"
+            )
+    missing = [name for name in ("chunk_size", "local_size") if block.get(name) is None]
+    if missing:
         raise ConfigError(
-            f"{where}: dual_chunk_attention_config has {sorted(block)}; "
-            f"required: chunk_size, local_size; known: {', '.join(sorted(known))}"
+            f"{where}: dual_chunk_attention_config has {sorted(block)}; missing: {', '.join(missing)}; "
+            f"known: {', '.join(sorted(known))}"
         )
-    return DualChunkAttention(**block)
+    if other:
+        logger.info("%s: dual_chunk_attention_config: kept for export, not used: %s", where, ", ".join(sorted(other)))
+    values = {name: value for name, value in block.items() if name in known and value is not None}
+    return DualChunkAttention(**values, other_fields=other)
+
+
+def _dual_chunk_attention_to_hf(chunks: DualChunkAttention) -> dict[str, Any]:
+    values = _without_none(dataclasses.asdict(chunks))
+    other = values.pop("other_fields")
+    if values["cap"] == "released":  # what every reader of the files takes
+        del values["cap"]
+    return {**values, **other}
 
 
 def _read_dtype(where: str, content: Mapping[str, Any]) -> str:

@@ -10,8 +10,6 @@ Shapes: S tokens of a sequence, B sequences, T tokens of packed sequences, R rot
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +18,7 @@ import torch
 from megatron_qwen import ops
 from megatron_qwen.errors import ConfigError
 from megatron_qwen.model.config import YarnScaling
+from megatron_qwen.parallel.per_tensor import PerTensor
 
 if TYPE_CHECKING:
     from megatron.core.packed_seq_params import PackedSeqParams
@@ -59,6 +58,13 @@ def rotation_of(
     return Rotation(cos=cos[rows], sin=sin[rows], positions=own_row)
 
 
+def model_tables(model: Any, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cos and sin of positions 0 to length - 1 of a GPTModel, fp32 [length, R / 2], YaRN's factor in them."""
+    angles = model.rotary_pos_emb(length)  # YaRN's module returns (angles, factor)
+    cos, sin = _tables(angles[0] if isinstance(angles, tuple) else angles, model.config)
+    return cos, sin
+
+
 def _tables(angles: torch.Tensor, config: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Return cos and sin times YaRN's factor, one row per position (and per row of the batch where they differ)."""
     from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
@@ -81,23 +87,7 @@ def _packed_positions(bounds: torch.Tensor) -> torch.Tensor:
     )
 
 
-class _PerTensor:
-    """What was computed from a tensor, kept as long as the tensor object lives."""
-
-    def __init__(self) -> None:
-        self._results: dict[int, tuple[weakref.ref[torch.Tensor], Any]] = {}
-
-    def get(self, tensor: torch.Tensor, compute: Callable[[], Any]) -> Any:
-        """Return the result for this very tensor object, computed by the first call."""
-        key = id(tensor)
-        found = self._results.get(key)
-        if found is None or found[0]() is not tensor:
-            found = weakref.ref(tensor, lambda _: self._results.pop(key, None)), compute()
-            self._results[key] = found
-        return found[1]
-
-
-_TABLES, _POSITIONS = _PerTensor(), _PerTensor()
+_TABLES, _POSITIONS = PerTensor(), PerTensor()
 
 
 def yarn_fields(scaling: YarnScaling | None) -> dict[str, Any]:

@@ -3,6 +3,9 @@
 Megatron-Core does the three in steps, and leaves the fused kernels it knows for YaRN, packed sequences and context
 parallelism. Everything behind q, k and v is Megatron's own: key-value cache, core attention, output projection.
 
+Sequences long enough for Dual Chunk Attention are another case: a query is rotated up to three times, by the core
+attention, and a key once, here, by its position within its chunk; that is how keys enter a cache, too.
+
 Shapes: S tokens of a sequence, B sequences, T tokens of packed sequences, W columns of the packed projection,
 R rotated dimensions of a head, P positions.
 """
@@ -16,6 +19,8 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 
 from megatron_qwen import ops
+from megatron_qwen.errors import ConfigError
+from megatron_qwen.model.dual_chunk import dual_chunk_of, rank_positions, sequence_length
 from megatron_qwen.model.rope import Rotation, rotation_of
 
 if TYPE_CHECKING:
@@ -35,6 +40,7 @@ class QwenSelfAttention(SelfAttention):  # type: ignore[misc]  # megatron-core i
         super().__init__(*args, **kwargs)
         self._can_fuse = self.can_fuse()
         self._rotation: Rotation | None = None
+        self._key_rotation: Rotation | None = None
 
     def can_fuse(self) -> bool:
         """Whether `ops.qkv_rope` does all that stands between this module's projection and its core attention."""
@@ -73,6 +79,13 @@ class QwenSelfAttention(SelfAttention):  # type: ignore[misc]  # megatron-core i
             Output [S, B, H] (or [T, 1, H]), and the bias that the output projection left out, if any.
         """
         rest = {"inference_context": inference_context, "packed_seq_params": packed_seq_params, **kwargs}
+        tokens = hidden_states.shape[0] * (self.world_size if self.config.sequence_parallel else 1)
+        self._key_rotation = self._rotation_in_chunks(tokens, rotary_pos_emb, inference_context, packed_seq_params)
+        if self._key_rotation is not None:
+            try:
+                return super().forward(hidden_states, attention_mask, *args, rotary_pos_emb=None, **rest)  # type: ignore[no-any-return]
+            finally:
+                self._key_rotation = None
         is_static = inference_context is None or inference_context.is_static_batching()
         if not (self._can_fuse and is_static and isinstance(rotary_pos_emb, torch.Tensor)):
             return super().forward(  # type: ignore[no-any-return]
@@ -81,7 +94,7 @@ class QwenSelfAttention(SelfAttention):  # type: ignore[misc]  # megatron-core i
         self._rotation = rotation_of(
             rotary_pos_emb,
             self.config,
-            tokens=hidden_states.shape[0] * (self.world_size if self.config.sequence_parallel else 1),
+            tokens=tokens,
             offset=0 if inference_context is None else int(inference_context.sequence_len_offset),
             packed=packed_seq_params,
         )
@@ -90,11 +103,49 @@ class QwenSelfAttention(SelfAttention):  # type: ignore[misc]  # megatron-core i
         finally:
             self._rotation = None
 
+    def _rotation_in_chunks(
+        self, tokens: int, rotary_pos_emb: Any, inference_context: Any, packed: PackedSeqParams | None
+    ) -> Rotation | None:
+        """Return how keys are rotated where Dual Chunk Attention is active, else None.
+
+        Raises:
+            ConfigError: it is active, with something that it cannot have.
+        """
+        dual = dual_chunk_of(self.config)
+        if dual is None:
+            return None
+        offset = 0
+        if inference_context is not None and inference_context.is_static_batching():
+            offset = int(inference_context.sequence_len_offset)
+        group = self.pg_collection.cp if self.config.context_parallel_size > 1 else None
+        if not dual.is_active(sequence_length(offset + tokens, packed, 1 if group is None else group.size())):
+            return None
+        config = self.config
+        problems = {
+            "no rotary angles": not isinstance(rotary_pos_emb, torch.Tensor),
+            "positions that differ between the rows of a batch": getattr(rotary_pos_emb, "shape", (1, 1))[1] != 1,
+            "dynamic batching": inference_context is not None and not inference_context.is_static_batching(),
+            "an interleaved rotation": config.rotary_interleaved,
+            "flash decoding": config.flash_decode,
+            "layers without rotation": bool(config.no_rope_freq),
+        }
+        found = [name for name, is_there in problems.items() if is_there]
+        if found:
+            raise ConfigError(f"Dual Chunk Attention beyond {dual.chunks.stride} tokens: got {', '.join(found)}")
+        device = rotary_pos_emb.device
+        positions = rank_positions(tokens, packed, device, offset=offset, group=group)
+        cos, sin = dual.tables(device)
+        return Rotation(cos=cos, sin=sin, positions=dual.key_positions(positions))
+
     def get_query_key_value_tensors(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return q [S, B, heads, D], k and v [S, B, groups, D] of this rank, q and k rotated.
 
-        Called by Megatron's forward; without a rotation at hand it does what Megatron does.
+        Where Dual Chunk Attention is active only k is. Called by Megatron's forward; without a rotation at hand it does
+        what Megatron does.
         """
+        if self._key_rotation is not None:
+            query, key, *others = super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
+            return query, self._rotated_in_chunks(key, self._key_rotation), *others
         rotation = self._rotation
         if rotation is None:
             return super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
@@ -113,3 +164,9 @@ class QwenSelfAttention(SelfAttention):  # type: ignore[misc]  # megatron-core i
             bias=bias_W,
             positions=rotation.positions,
         )
+
+    @staticmethod
+    def _rotated_in_chunks(key: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+        # A copy: k is one of several views of the projection's output, which autograd lets nobody overwrite.
+        key = key.clone(memory_format=torch.contiguous_format)
+        return ops.rope_(key, None, rotation.cos, rotation.sin, positions=rotation.positions)[0]

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from megatron_qwen import compat
 from megatron_qwen.errors import ConfigError
+from megatron_qwen.model import dual_chunk
 from megatron_qwen.model.config import QwenConfig, did_you_mean
 from megatron_qwen.model.rope import yarn_fields
 from megatron_qwen.parallel.layout import ParallelLayout
@@ -56,6 +57,7 @@ def make_transformer_config(
         raise ConfigError(f"megatron-core refuses this configuration: {error}") from error
     for name, value in yarn_fields(config.rope_scaling).items():
         setattr(result, name, value)
+    setattr(result, dual_chunk.ATTRIBUTE, dual_chunk.DualChunk.of(config))
     return result
 
 

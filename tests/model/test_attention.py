@@ -108,5 +108,10 @@ def test_what_it_does_not_do_is_refused():
         core()(q, k, v, None, attention_bias=torch.zeros(4, 4))
     config = tiny_dense().to_transformer_config()
     config.context_parallel_size = 2
-    with pytest.raises(ConfigError, match="context_parallel_size"):
-        CoreAttention(config, 1, AttnMaskType.causal, "self")
+    with pytest.raises(ConfigError, match="cp_comm_type: got 'a2a', expected 'p2p' .* or 'all_gather'"):
+        CoreAttention(config, 1, AttnMaskType.causal, "self", cp_comm_type="a2a")
+    with pytest.raises(ConfigError, match="attention_dropout: got 0.1; expected 0 with context parallelism"):
+        CoreAttention(config, 1, AttnMaskType.causal, "self", attention_dropout=0.1)
+    alone = SimpleNamespace(cp=SimpleNamespace(size=lambda: 1))
+    with pytest.raises(ConfigError, match="context_parallel_size: got 2, but the .* group is one of 1 ranks"):
+        CoreAttention(config, 1, AttnMaskType.causal, "self", pg_collection=alone)
