@@ -13,7 +13,7 @@ from ...errors import ConfigError
 from .. import checks
 from ..backends import backend_for, register_operation
 from ..registration import register
-from . import reference
+from . import blockwise
 from .arguments import checked_request
 from .layout import ChunkLayout
 from .request import AttentionRequest
@@ -59,7 +59,7 @@ def _decode(
             logit_scale=None if logit_scale is None else logit_scale[index : index + 1],
             deterministic=True,
         )
-        output[index] = reference.forward(q[None, None, index], k, v, request)[0][0, 0]
+        output[index] = blockwise.forward(q[None, None, index], k, v, request)[0][0, 0]
     return output
 
 

@@ -12,7 +12,7 @@ import torch
 
 from ..backends import backend_for, launches, register_operation
 from ..registration import register_differentiable
-from . import reference
+from . import blockwise
 from .arguments import OP, check_backward, checked_request
 from .layout import ChunkLayout
 from .request import AttentionRequest
@@ -41,7 +41,7 @@ def _forward(
     backend = backend_for(OP, q)
     if backend != "reference":
         return launches(OP, backend).launch_forward(q, k, v, request)  # type: ignore[no-any-return]
-    return reference.forward(q, k, v, request)
+    return blockwise.forward(q, k, v, request)
 
 
 def _forward_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,7 +76,7 @@ def _backward(
     backend = backend_for(OP, q)
     if backend != "reference":
         return launches(OP, backend).launch_backward(grad, q, k, v, output, lse, request)  # type: ignore[no-any-return]
-    return reference.backward(grad, q, k, v, output, lse, request)
+    return blockwise.backward(grad, q, k, v, output, lse, request)
 
 
 def _backward_fake(

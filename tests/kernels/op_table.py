@@ -5,10 +5,12 @@ A new operation is one more entry of `CASES`. Its own test file has what only it
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import dual_chunk_checks
 import linear_cross_entropy_checks
 import moe_checks
 import op_checks
@@ -152,6 +154,42 @@ def _plain_grouped_mlp(x, weights, offsets, fc1, fc2) -> torch.Tensor:  # type: 
     return torch.cat(parts)
 
 
+_CHUNKS = ops.ChunkLayout.released(8, 3)
+
+
+def _attention(rows: int, dtype: torch.dtype) -> Arguments:
+    cos, sin = dual_chunk_checks.tables(9, dtype)
+    return {
+        "q": random((rows, 4 * 8), dtype, seed=0),
+        "k": random((rows, 2 * 8), dtype, seed=1),
+        "v": random((rows, 2 * 8), dtype, seed=2),
+        "cos": cos,
+        "sin": sin,
+        "cu_seqlens": torch.tensor([0, rows // 3, rows // 3, rows]),
+        "logit_scale": 1.0 + 0.5 * torch.rand(rows, generator=torch.Generator().manual_seed(3)).to(cos.dtype),
+    }
+
+
+def _dual_chunk_attention(q, k, v, cos, sin, cu_seqlens, logit_scale) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    heads = (each.unflatten(-1, (-1, 8)) if each.dim() else each for each in (q, k, v))
+    return ops.dual_chunk_attention(
+        *heads,
+        chunks=_CHUNKS,
+        tables=(cos, sin),
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        logit_scale=logit_scale,
+    )[0]
+
+
+def _plain_dual_chunk_attention(q, k, v, cos, sin, cu_seqlens, logit_scale) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    parts = []
+    for start, end in itertools.pairwise(cu_seqlens.tolist()):
+        heads = (each[start:end].unflatten(-1, (-1, 8)) for each in (q, k, v))
+        parts.append(dual_chunk_checks.plain(*heads, _CHUNKS, (cos, sin), logit_scale=logit_scale[start:end])[0])
+    return torch.cat(parts)
+
+
 CASES: dict[str, Case] = {
     "swiglu": Case(
         function=ops.swiglu,
@@ -263,6 +301,16 @@ CASES: dict[str, Case] = {
     ),
 }
 
+CASES["dual_chunk_attention"] = Case(
+    function=_dual_chunk_attention,
+    arguments=_attention,
+    leaves=("q", "k", "v"),
+    plain=_plain_dual_chunk_attention,
+    registered=("dual_chunk_attention", "paged_decode_attention"),
+    narrowed=("sin", "cu_seqlens", "logit_scale"),
+    sizes=(0, 2, 7, 31, 32, 33),  # of one key the gradient of q is 0: test_dual_chunk_attention_op.py
+)
+
 # The other names of `ops`, and why they are no operations of their own.
 NO_OPERATIONS = {
     **dict.fromkeys(
@@ -271,6 +319,10 @@ NO_OPERATIONS = {
     ),
     **dict.fromkeys(("ExpertOrder", "Routing", "SharedExpert", "TokenLosses", "WeightGradient"), "a type"),
     **dict.fromkeys(("context_parallel_positions", "packed_positions", "rope_tables"), "made once, without gradient"),
+    "ChunkLayout": "a type",
+    "dual_chunk_attention_backward": "the gradient of dual_chunk_attention, by itself; test_dual_chunk_parts.py",
+    "paged_decode_attention": "without a gradient; test_dual_chunk_decode.py",
+    **dict.fromkeys(("merge_attention", "log_length_temperature", "prescaled_keys"), "a few torch operations"),
     "moe_mlp": "grouped_mlp with the rows of another order; its own test file",
     "expert_order": "integers: covered with moe_permute",
     "linear_cross_entropy_terms": "linear_cross_entropy with more results",
