@@ -41,9 +41,16 @@ def tile_map_kernel(
 
 
 @triton.jit
+def _schedule(tokens, count_ptr, routed_columns, shared_columns, BLOCK_ROWS: tl.constexpr):
+    """Return how many tiles the shared expert has, and how many there are in all, from blocks of columns per row."""
+    shared_tiles = tl.cdiv(tokens, BLOCK_ROWS) * shared_columns
+    return shared_tiles, shared_tiles + tl.load(count_ptr).to(tl.int32) * routed_columns
+
+
+@triton.jit
 def _tile(tile, shared_tiles, routed_columns, shared_columns, offsets_ptr, group_ptr, row_ptr, routed, tokens,
-          num_experts, BLOCK_ROWS: tl.constexpr):  # fmt: skip
-    """Return group, rows [BLOCK_ROWS], end of the group's rows, and block of columns of a tile."""
+          num_experts, width, shared_width, BLOCK_ROWS: tl.constexpr):  # fmt: skip
+    """Return group, rows [BLOCK_ROWS], which of them are the group's, its width, and block of columns of a tile."""
     is_shared = tile < shared_tiles
     columns = tl.where(is_shared, shared_columns, routed_columns)
     local = tl.where(is_shared, tile, tile - shared_tiles)
@@ -54,7 +61,9 @@ def _tile(tile, shared_tiles, routed_columns, shared_columns, offsets_ptr, group
     group = tl.where(is_shared, num_experts, group)
     first = tl.where(is_shared, routed + slot.to(tl.int64) * BLOCK_ROWS, first)
     end = tl.where(is_shared, (routed + tokens).to(tl.int64), end)
-    return group, first + tl.arange(0, BLOCK_ROWS), end, local % columns
+    row = first + tl.arange(0, BLOCK_ROWS)
+    own = tl.where(group == num_experts, shared_width, width)
+    return group, row, row < end, own, local % columns
 
 
 @triton.jit
@@ -96,14 +105,13 @@ def up_kernel(
 ):  # fmt: skip
     """Write packed = x W1^T if KEEPS and hidden = silu(gate) * up if ACTIVATES, gathering rows of x [T, H]."""
     routed_columns, shared_columns = tl.cdiv(width, BLOCK_COLUMNS), tl.cdiv(shared_width, BLOCK_COLUMNS)
-    shared_tiles = tl.cdiv(tokens, BLOCK_ROWS) * shared_columns
-    tiles = shared_tiles + tl.load(count_ptr).to(tl.int32) * routed_columns
+    shared_tiles, tiles = _schedule(tokens, count_ptr, routed_columns, shared_columns, BLOCK_ROWS)
     inner = tl.arange(0, BLOCK_INNER)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        group, row, end, block = _tile(tile, shared_tiles, routed_columns, shared_columns, offsets_ptr, group_ptr,
-                                       row_ptr, routed, tokens, num_experts, BLOCK_ROWS)  # fmt: skip
-        inside = row < end
-        own = tl.where(group == num_experts, shared_width, width)
+        group, row, inside, own, block = _tile(
+            tile, shared_tiles, routed_columns, shared_columns, offsets_ptr, group_ptr, row_ptr, routed, tokens,
+            num_experts, width, shared_width, BLOCK_ROWS,
+        )  # fmt: skip
         column = block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
         real = column < own
         x_row = x_ptr + _token(row, inside, group, num_experts, routed, source_ptr, topk, GATHERS) * size
@@ -148,14 +156,13 @@ def down_kernel(
     W is [width, H] or, if TRANSPOSED, kept as [H, width].
     """
     columns = tl.cdiv(size, BLOCK_COLUMNS)
-    shared_tiles = tl.cdiv(tokens, BLOCK_ROWS) * columns
-    tiles = shared_tiles + tl.load(count_ptr).to(tl.int32) * columns
+    shared_tiles, tiles = _schedule(tokens, count_ptr, columns, columns, BLOCK_ROWS)
     inner = tl.arange(0, BLOCK_INNER)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        group, row, end, block = _tile(tile, shared_tiles, columns, columns, offsets_ptr, group_ptr, row_ptr, routed,
-                                       tokens, num_experts, BLOCK_ROWS)  # fmt: skip
-        inside = row < end
-        own = tl.where(group == num_experts, shared_width, width)
+        group, row, inside, own, block = _tile(
+            tile, shared_tiles, columns, columns, offsets_ptr, group_ptr, row_ptr, routed, tokens, num_experts, width,
+            shared_width, BLOCK_ROWS,
+        )  # fmt: skip
         column = block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
         real = column < size
         a_row = a_ptr + _place(row, group, num_experts, routed, width, shared_width)
@@ -192,14 +199,13 @@ def activation_backward_kernel(
     d = dy W2 of gathered rows of dy [T, H]; partial [columns, R] and then [shared columns, T] are flat.
     """
     routed_columns, shared_columns = tl.cdiv(width, BLOCK_COLUMNS), tl.cdiv(shared_width, BLOCK_COLUMNS)
-    shared_tiles = tl.cdiv(tokens, BLOCK_ROWS) * shared_columns
-    tiles = shared_tiles + tl.load(count_ptr).to(tl.int32) * routed_columns
+    shared_tiles, tiles = _schedule(tokens, count_ptr, routed_columns, shared_columns, BLOCK_ROWS)
     inner = tl.arange(0, BLOCK_INNER)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        group, row, end, block = _tile(tile, shared_tiles, routed_columns, shared_columns, offsets_ptr, group_ptr,
-                                       row_ptr, routed, tokens, num_experts, BLOCK_ROWS)  # fmt: skip
-        inside = row < end
-        own = tl.where(group == num_experts, shared_width, width)
+        group, row, inside, own, block = _tile(
+            tile, shared_tiles, routed_columns, shared_columns, offsets_ptr, group_ptr, row_ptr, routed, tokens,
+            num_experts, width, shared_width, BLOCK_ROWS,
+        )  # fmt: skip
         column = block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
         real = column < own
         grad_row = grad_ptr + _token(row, inside, group, num_experts, routed, source_ptr, topk, GATHERS) * size

@@ -4,7 +4,7 @@ Forward: up (gather, both halves of W1, SwiGLU), down (W2, the rows' weights), c
 expert's). Backward: down and SwiGLU, up, combine, and the two gradients of matrices. No result depends on the order in
 which programs end, and the host waits for nothing.
 
-Shapes: T tokens, R routed rows, E experts, k experts per token, H hidden size, F and Fs widths.
+Shapes as in inputs.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import triton
 
 from ..column_sum import multiprocessors
 from . import kernel, rows
-from .reference import Gradients, Sinks
+from .inputs import Gradients, Inputs, Sinks
 
 _IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Matrices start at multiples of this many elements where all do.
@@ -29,30 +29,39 @@ ALIGNMENT = 16
 
 @dataclass(frozen=True, kw_only=True)
 class _Problem:
-    """What all launches of a call share; see kernel.py for the schedule."""
+    """What all launches of a call share; see kernel.py for the schedule, whose last group is the shared expert."""
 
-    x: torch.Tensor
-    weights: torch.Tensor
-    offsets: torch.Tensor
-    source: torch.Tensor | None
-    positions: torch.Tensor | None
-    fc1: list[torch.Tensor]
-    fc2: list[torch.Tensor]
-    gate: torch.Tensor | None
+    inputs: Inputs
     map_of_tiles: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-    routed: int
-    shared_tokens: int
-    num_experts: int
-    width: int
-    shared_width: int
 
     @property
-    def size(self) -> int:
-        return self.x.shape[1]
+    def x(self) -> torch.Tensor:
+        return self.inputs.x
 
     @property
-    def topk(self) -> int:
-        return 1 if self.positions is None else self.positions.shape[1]
+    def fc1(self) -> list[torch.Tensor]:
+        """All groups' W1."""
+        return [*self.inputs.fc1, *self.inputs.shared[:1]]
+
+    @property
+    def fc2(self) -> list[torch.Tensor]:
+        """All groups' W2."""
+        return [*self.inputs.fc2, *self.inputs.shared[1:2]]
+
+    @property
+    def gate(self) -> torch.Tensor | None:
+        """The shared expert's, [1, H]."""
+        return self.inputs.shared[2] if len(self.inputs.shared) == 3 else None
+
+    @property
+    def routed(self) -> int:
+        """R."""
+        return self.inputs.weights.numel()
+
+    @property
+    def shared_tokens(self) -> int:
+        """T; 0 without a shared expert."""
+        return self.x.shape[0] if self.inputs.shared else 0
 
     def numbers(self, width: int, shared_width: int) -> int:
         """Length of a flat buffer [R, width] and [T, shared_width]."""
@@ -60,7 +69,7 @@ class _Problem:
 
     def blocks(self, pairs: bool = False) -> dict[str, Any]:
         """See `_blocks`."""
-        return _blocks(self.x, (self.width, self.shared_width), pairs)
+        return _blocks(self.inputs, pairs)
 
     @functools.cached_property
     def gates(self) -> torch.Tensor | None:
@@ -71,62 +80,49 @@ class _Problem:
         rows.launch_gate(self.x, self.gate[0], gates)
         return gates
 
+    def sizes(self, doubled: bool = False) -> tuple[int, int, int, int, int, int]:
+        """R, T, E, H and both widths, which are those of W1's output if `doubled`: arguments of every kernel."""
+        factor = 2 if doubled else 1
+        widths = factor * self.inputs.width, factor * self.inputs.shared_width
+        return self.routed, self.shared_tokens, len(self.inputs.fc1), self.x.shape[1], *widths
 
-def forward(
-    x: torch.Tensor,
-    weights: torch.Tensor,
-    offsets: torch.Tensor,
-    source: torch.Tensor | None,
-    positions: torch.Tensor | None,
-    fc1: list[torch.Tensor],
-    fc2: list[torch.Tensor],
-    shared: list[torch.Tensor],
-    keep: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return y, packed and common, empty unless `keep`; arguments as `reference.forward`."""
+
+def forward(inputs: Inputs, keep: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return y and the outputs of W1, as `reference.forward`."""
+    x = inputs.x
     if not x.numel():
         return x.new_empty(x.shape), x.new_empty(0), x.new_empty(0)
-    problem = _problem(x, weights, offsets, source, positions, fc1, fc2, shared)
-    hidden = x.new_empty(problem.numbers(problem.width, problem.shared_width))
+    problem = _problem(inputs)
+    hidden = x.new_empty(problem.numbers(inputs.width, inputs.shared_width))
     packed = _up(problem, hidden=hidden, keep=keep)
-    y = x.new_empty(problem.routed + problem.shared_tokens, problem.size)
+    y = x.new_empty(problem.routed + problem.shared_tokens, x.shape[1])
     _down(problem, hidden, problem.fc2, y, weigh=True)
-    kept = problem.numbers(2 * problem.width, 0) if keep else 0
+    kept = inputs.kept_sizes[0] if keep else 0
     return _combine(problem, y, None), packed[:kept], packed[kept:]
 
 
 def backward(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    weights: torch.Tensor,
-    offsets: torch.Tensor,
-    source: torch.Tensor | None,
-    positions: torch.Tensor | None,
-    packed: torch.Tensor,
-    common: torch.Tensor,
-    fc1: list[torch.Tensor],
-    fc2: list[torch.Tensor],
-    shared: list[torch.Tensor],
-    sinks: Sinks = (),
+    grad: torch.Tensor, inputs: Inputs, packed: torch.Tensor, common: torch.Tensor, sinks: Sinks = ()
 ) -> Gradients:
     """Return the gradients of x, weights, fc1, fc2 and shared; arguments as `reference.backward`."""
+    x, weights, shared = inputs.x, inputs.weights, inputs.shared
     if not x.numel():
-        none = [[torch.zeros_like(each) for each in group] for group in (fc1, fc2, shared)]
+        none = [[torch.zeros_like(each) for each in group] for group in (inputs.fc1, inputs.fc2, shared)]
         return x.new_empty(x.shape), torch.zeros_like(weights), none[0], none[1], none[2]
-    problem = _problem(x, weights, offsets, source, positions, fc1, fc2, shared)
+    problem = _problem(inputs)
     packed = _together(packed, common) if packed.numel() else _up(problem, hidden=None, keep=True)
     grad_packed = torch.empty_like(packed)
-    hidden = x.new_empty(problem.numbers(problem.width, problem.shared_width))
+    hidden = x.new_empty(problem.numbers(inputs.width, inputs.shared_width))
     grad_weights, grad_gates = _activation_backward(problem, grad, packed, grad_packed, hidden)
     grad_logits = None
-    if problem.gates is not None and problem.gate is not None:
+    if problem.gates is not None:
         grad_logits = grad_gates * problem.gates * (1.0 - problem.gates)
-    grad_rows = x.new_empty(problem.routed + problem.shared_tokens, problem.size)
+    grad_rows = x.new_empty(problem.routed + problem.shared_tokens, x.shape[1])
     _down(problem, grad_packed, problem.fc1, grad_rows, weigh=False)
     grad_x = _combine(problem, grad_rows, grad_logits)
-    into = _sinks_of(problem, sinks or [None] * (2 * len(fc1) + len(shared)))
-    grads1 = _matrix_gradients(problem, grad_packed, x, problem.fc1, into[0])
-    grads2 = _matrix_gradients(problem, hidden, grad, problem.fc2, into[1])
+    into = _sinks_of(problem, sinks or [None] * (2 * len(inputs.fc1) + len(shared)))
+    grads1 = _matrix_gradients(problem, grad_packed, x, into[0], transposed=False)
+    grads2 = _matrix_gradients(problem, hidden, grad, into[1], transposed=True)
     grads_shared = [grads1.pop(), grads2.pop()] if shared else []
     if problem.gate is not None and grad_logits is not None:
         grad_gate = torch.empty_like(problem.gate)
@@ -150,66 +146,39 @@ def _poured(grad: torch.Tensor, sink: torch.Tensor | None) -> torch.Tensor:
     return grad
 
 
-def _problem(
-    x: torch.Tensor,
-    weights: torch.Tensor,
-    offsets: torch.Tensor,
-    source: torch.Tensor | None,
-    positions: torch.Tensor | None,
-    fc1: list[torch.Tensor],
-    fc2: list[torch.Tensor],
-    shared: list[torch.Tensor],
-) -> _Problem:
-    width, shared_width = fc2[0].shape[1], shared[1].shape[1] if shared else 0
-    block_rows = _blocks(x, (width, shared_width))["BLOCK_ROWS"]
+def _problem(inputs: Inputs) -> _Problem:
+    rows, num_experts = inputs.weights.numel(), len(inputs.fc1)
+    block_rows = _blocks(inputs)["BLOCK_ROWS"]
     # Whole tiles, and at most one more per expert that has rows.
-    slots = weights.numel() // block_rows + min(len(fc1), weights.numel())
-    group = torch.empty(slots, dtype=torch.int32, device=x.device)
-    row = torch.empty(slots, dtype=torch.int64, device=x.device)
-    count = torch.empty(1, dtype=torch.int64, device=x.device)
+    slots = rows // block_rows + min(num_experts, rows)
+    group = torch.empty(slots, dtype=torch.int32, device=inputs.x.device)
+    row = torch.empty(slots, dtype=torch.int64, device=inputs.x.device)
+    count = torch.empty(1, dtype=torch.int64, device=inputs.x.device)
     kernel.tile_map_kernel[(triton.cdiv(slots, 128),)](
-        offsets, group, row, count, slots, len(fc1), BLOCK_ROWS=block_rows, BLOCK=128
+        inputs.offsets, group, row, count, slots, num_experts, BLOCK_ROWS=block_rows, BLOCK=128
     )
-    return _Problem(
-        x=x,
-        weights=weights,
-        offsets=offsets,
-        source=source,
-        positions=positions,
-        fc1=[*fc1, *shared[:1]],
-        fc2=[*fc2, *shared[1:2]],
-        gate=shared[2] if len(shared) == 3 else None,
-        map_of_tiles=(group, row, count),
-        routed=weights.numel(),
-        shared_tokens=x.shape[0] if shared else 0,
-        num_experts=len(fc1),
-        width=width,
-        shared_width=shared_width,
-    )
+    return _Problem(inputs=inputs, map_of_tiles=(group, row, count))
 
 
 def _up(problem: _Problem, hidden: torch.Tensor | None, keep: bool) -> torch.Tensor:
     """Fill hidden, if given, with silu(gate) * up; return the packed output of W1, or nothing unless `keep`."""
-    packed = problem.x.new_empty(problem.numbers(2 * problem.width, 2 * problem.shared_width) if keep else 0)
-    where, alignment = _offsets_of(problem.fc1)
+    inputs, (where, alignment) = problem.inputs, _offsets_of(problem.fc1)
+    packed = inputs.x.new_empty(problem.numbers(2 * inputs.width, 2 * inputs.shared_width) if keep else 0)
     kernel.up_kernel[_grid(problem)](
-        problem.x, problem.source, problem.fc1[0], where, problem.offsets, *problem.map_of_tiles, packed, hidden,
-        problem.routed, problem.shared_tokens, problem.num_experts, problem.size, problem.width, problem.shared_width,
-        problem.topk, GATHERS=problem.source is not None, KEEPS=keep, ACTIVATES=hidden is not None, ALIGNMENT=alignment,
-        **problem.blocks(pairs=True),
+        inputs.x, inputs.source, problem.fc1[0], where, inputs.offsets, *problem.map_of_tiles, packed, hidden,
+        *problem.sizes(), inputs.topk, GATHERS=inputs.source is not None, KEEPS=keep, ACTIVATES=hidden is not None,
+        ALIGNMENT=alignment, **problem.blocks(pairs=True),
     )  # fmt: skip
     return packed
 
 
 def _down(problem: _Problem, a: torch.Tensor, matrices: list[torch.Tensor], out: torch.Tensor, weigh: bool) -> None:
-    """Fill out [R + T, H] with a W2^T, rows weighted; or with a W1 where `matrices` are those."""
-    where, alignment = _offsets_of(matrices)
-    doubled = 2 if matrices is problem.fc1 else 1
+    """Fill out [R + T, H] with a W2^T, rows weighted, of W2 [H, F]; or unless `weigh` with a W1 of W1 [2F, H]."""
+    inputs, (where, alignment) = problem.inputs, _offsets_of(matrices)
     kernel.down_kernel[_grid(problem)](
-        a, problem.source, matrices[0], where, problem.weights, problem.gates, problem.offsets, *problem.map_of_tiles,
-        out, problem.routed, problem.shared_tokens, problem.num_experts, problem.size, doubled * problem.width,
-        doubled * problem.shared_width, GATHERS=problem.source is not None, GATED=problem.gates is not None,
-        WEIGHS=weigh, TRANSPOSED=matrices is problem.fc2, ALIGNMENT=alignment, **problem.blocks(),
+        a, inputs.source, matrices[0], where, inputs.weights, problem.gates, inputs.offsets, *problem.map_of_tiles, out,
+        *problem.sizes(doubled=not weigh), GATHERS=inputs.source is not None, GATED=problem.gates is not None,
+        WEIGHS=weigh, TRANSPOSED=weigh, ALIGNMENT=alignment, **problem.blocks(),
     )  # fmt: skip
 
 
@@ -217,55 +186,51 @@ def _activation_backward(
     problem: _Problem, grad: torch.Tensor, packed: torch.Tensor, grad_packed: torch.Tensor, hidden: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Fill grad_packed and the weighted hidden; return the gradients of weights, and of the shared expert's [T]."""
-    where, alignment = _offsets_of(problem.fc2)
+    inputs, (where, alignment) = problem.inputs, _offsets_of(problem.fc2)
     blocks = problem.blocks(pairs=True)
-    columns = triton.cdiv(problem.width, blocks["BLOCK_COLUMNS"])
-    shared_columns = triton.cdiv(problem.shared_width, blocks["BLOCK_COLUMNS"])
-    numbers = problem.numbers(columns, shared_columns)
-    partial = problem.x.new_empty(numbers, dtype=torch.float32)
+    columns = triton.cdiv(inputs.width, blocks["BLOCK_COLUMNS"])
+    shared_columns = triton.cdiv(inputs.shared_width, blocks["BLOCK_COLUMNS"])
+    partial = inputs.x.new_empty(problem.numbers(columns, shared_columns), dtype=torch.float32)
     kernel.activation_backward_kernel[_grid(problem)](
-        grad, problem.source, problem.fc2[0], where, problem.weights, problem.gates, problem.offsets,
-        *problem.map_of_tiles, packed, grad_packed, hidden, partial, problem.routed, problem.shared_tokens,
-        problem.num_experts, problem.size, problem.width, problem.shared_width, problem.topk,
-        GATHERS=problem.source is not None, GATED=problem.gates is not None, ALIGNMENT=alignment, **blocks,
+        grad, inputs.source, problem.fc2[0], where, inputs.weights, problem.gates, inputs.offsets,
+        *problem.map_of_tiles, packed, grad_packed, hidden, partial, *problem.sizes(), inputs.topk,
+        GATHERS=inputs.source is not None, GATED=problem.gates is not None, ALIGNMENT=alignment, **blocks,
     )  # fmt: skip
     routed, shared = torch.split(partial, [columns * problem.routed, shared_columns * problem.shared_tokens])
-    grad_weights = routed.view(columns, problem.routed).sum(0).view(problem.weights.shape)
+    grad_weights = routed.view(columns, problem.routed).sum(0).view(inputs.weights.shape)
     return grad_weights, shared.view(shared_columns, problem.shared_tokens).sum(0)
 
 
 def _combine(problem: _Problem, per_row: torch.Tensor, grad_logits: torch.Tensor | None) -> torch.Tensor:
     """Return [T, H]: each token's rows of per_row [R + T, H], and what flows through the gate; [R, H] if sorted."""
-    if problem.positions is None:
+    if problem.inputs.positions is None:
         return per_row
     out = problem.x.new_empty(problem.x.shape)
     shared = per_row[problem.routed :] if problem.shared_tokens else None
-    rows.launch_combine(per_row, problem.positions, shared, grad_logits, problem.gate, out)
+    rows.launch_combine(per_row, problem.inputs.positions, shared, grad_logits, problem.gate, out)
     return out
 
 
 def _matrix_gradients(
-    problem: _Problem, flat: torch.Tensor, x: torch.Tensor, matrices: list[torch.Tensor], sinks: list[torch.Tensor]
+    problem: _Problem, flat: torch.Tensor, x: torch.Tensor, sinks: list[torch.Tensor], transposed: bool
 ) -> list[torch.Tensor]:
-    """Return flat^T x of each group, or x^T flat for W2; or add it to `sinks`."""
-    grads = [torch.empty_like(each) for each in matrices]
+    """Return flat^T x of each group, W1's; or x^T flat if `transposed`, W2's. With `sinks` add it there instead."""
+    inputs = problem.inputs
+    grads = [torch.empty_like(each) for each in (problem.fc2 if transposed else problem.fc1)]
     into = sinks or grads
     where, alignment = _offsets_of(into)
-    doubled = 2 if matrices is problem.fc1 else 1
     blocks = problem.blocks()
     blocks["BLOCK_WIDTH"] = blocks.pop("BLOCK_ROWS")
     kernel.weight_gradient_kernel[_grid(problem)](
-        flat, x, problem.source, problem.offsets, into[0], where, problem.routed, problem.shared_tokens,
-        problem.num_experts, problem.size, doubled * problem.width, doubled * problem.shared_width, problem.topk,
-        GATHERS=problem.source is not None, TRANSPOSED=matrices is problem.fc2, ADDS=bool(sinks), ALIGNMENT=alignment,
-        **blocks,
+        flat, x, inputs.source, inputs.offsets, into[0], where, *problem.sizes(doubled=not transposed), inputs.topk,
+        GATHERS=inputs.source is not None, TRANSPOSED=transposed, ADDS=bool(sinks), ALIGNMENT=alignment, **blocks,
     )  # fmt: skip
     return grads
 
 
 def _sinks_of(problem: _Problem, sinks: Sinks) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Sort `sinks` as the matrices are: all of them, or none."""
-    count = problem.num_experts
+    count = len(problem.inputs.fc1)
     wanted = (sinks[:count], sinks[count : 2 * count])
     shared = (sinks[2 * count : 2 * count + 1], sinks[2 * count + 1 : 2 * count + 2])
     first, second = (
@@ -291,12 +256,13 @@ def _grid(problem: _Problem) -> tuple[int]:
     return (multiprocessors(problem.x.device),)
 
 
-def _blocks(x: torch.Tensor, widths: tuple[int, int], pairs: bool = False) -> dict[str, Any]:
+def _blocks(inputs: Inputs, pairs: bool = False) -> dict[str, Any]:
     """Sizes of tiles and of programs.
 
     Tiles of gate and up `pairs` are half as wide: with 128 columns they spill on sm_90. So do all large tiles whose
     rows are not multiples of 16 bytes, as every element then has an address of its own.
     """
+    x, widths = inputs.x, (inputs.width, inputs.shared_width)
     aligned = not any(each * x.element_size() % 16 for each in (x.shape[1], *widths))
     if _IS_INTERPRETED:
         # So small that small tensors have several.

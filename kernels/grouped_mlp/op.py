@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +14,7 @@ from .. import checks
 from ..backends import backend_for, register_operation
 from ..moe_permute import ExpertOrder
 from ..registration import LIBRARY, refuse, register, register_backward
-from . import reference
+from .inputs import Gradients, Inputs
 
 OP = "grouped_mlp"
 register_operation(OP, "triton")
@@ -32,6 +34,13 @@ class SharedExpert(NamedTuple):
     gate: torch.Tensor | None = None
 
 
+def _computing(x: torch.Tensor) -> ModuleType:
+    """Return the module with `forward` and `backward` for this call; all take the same arguments."""
+    backend = backend_for(OP, x)
+    return importlib.import_module({"triton": ".launch"}.get(backend, f".{backend}"), __package__)
+
+
+# torch reads the schema of an operation from the annotations of these two.
 def _forward(
     x: torch.Tensor,
     weights: torch.Tensor,
@@ -43,28 +52,8 @@ def _forward(
     shared: list[torch.Tensor],
     recompute: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    inputs = (x, weights, offsets, source, positions, fc1, fc2, shared)
-    if backend_for(OP, x) == "reference":
-        y, packed, common = reference.forward(*inputs)
-        return (y, x.new_empty(0), x.new_empty(0)) if recompute else (y, packed, common)
-    from . import launch
-
-    return launch.forward(*inputs, keep=not recompute)
-
-
-def _forward_fake(
-    x: torch.Tensor,
-    weights: torch.Tensor,
-    offsets: torch.Tensor,
-    source: torch.Tensor | None,
-    positions: torch.Tensor | None,
-    fc1: list[torch.Tensor],
-    fc2: list[torch.Tensor],
-    shared: list[torch.Tensor],
-    recompute: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    packed, common = (0, 0) if recompute else reference.packed_sizes(x, weights, fc1, shared)
-    return x.new_empty(x.shape), x.new_empty(packed), x.new_empty(common)
+    inputs = Inputs(x, weights, offsets, source, positions, fc1, fc2, shared)
+    return _computing(x).forward(inputs, keep=not recompute)  # type: ignore[no-any-return]
 
 
 def _backward(
@@ -74,70 +63,54 @@ def _backward(
     offsets: torch.Tensor,
     source: torch.Tensor | None,
     positions: torch.Tensor | None,
-    packed: torch.Tensor,
-    common: torch.Tensor,
     fc1: list[torch.Tensor],
     fc2: list[torch.Tensor],
     shared: list[torch.Tensor],
+    packed: torch.Tensor,
+    common: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-    return _backward_into(grad, x, weights, offsets, source, positions, packed, common, fc1, fc2, shared, ())
+    inputs = Inputs(x, weights, offsets, source, positions, fc1, fc2, shared)
+    return _computing(x).backward(grad.contiguous(), inputs, packed, common)  # type: ignore[no-any-return]
 
 
-def _backward_into(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    weights: torch.Tensor,
-    offsets: torch.Tensor,
-    source: torch.Tensor | None,
-    positions: torch.Tensor | None,
-    packed: torch.Tensor,
-    common: torch.Tensor,
-    fc1: list[torch.Tensor],
-    fc2: list[torch.Tensor],
-    shared: list[torch.Tensor],
-    sinks: reference.Sinks,
-) -> reference.Gradients:
-    inputs = (grad.contiguous(), x, weights, offsets, source, positions, packed, common, fc1, fc2, shared, sinks)
-    if backend_for(OP, x) == "reference":
-        return reference.backward(*inputs)
-    from . import launch
-
-    return launch.backward(*inputs)
+def _forward_fake(*inputs_and_recompute: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    *each, recompute = inputs_and_recompute
+    inputs = Inputs(*each)
+    packed, common = (0, 0) if recompute else inputs.kept_sizes
+    return inputs.x.new_empty(inputs.x.shape), inputs.x.new_empty(packed), inputs.x.new_empty(common)
 
 
-def _backward_fake(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    weights: torch.Tensor,
-    offsets: torch.Tensor,
-    source: torch.Tensor | None,
-    positions: torch.Tensor | None,
-    packed: torch.Tensor,
-    common: torch.Tensor,
-    fc1: list[torch.Tensor],
-    fc2: list[torch.Tensor],
-    shared: list[torch.Tensor],
-) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-    first, second, others = ([each.new_empty(each.shape) for each in group] for group in (fc1, fc2, shared))
-    return x.new_empty(x.shape), weights.new_empty(weights.shape), first, second, others
+def _backward_fake(grad: torch.Tensor, *inputs_and_kept: Any) -> Gradients:
+    inputs = Inputs(*inputs_and_kept[:-2])
+    first, second, others = (
+        [each.new_empty(each.shape) for each in group] for group in (inputs.fc1, inputs.fc2, inputs.shared)
+    )
+    return inputs.x.new_empty(inputs.x.shape), inputs.weights.new_empty(inputs.weights.shape), first, second, others
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
-    x, weights, offsets, source, positions, fc1, fc2, shared, _ = inputs
+    *given, _ = inputs
     ctx.mark_non_differentiable(*output[1:])
-    ctx.num_experts = len(fc1)
-    ctx.save_for_backward(x, weights, offsets, source, positions, *output[1:], *fc1, *fc2, *shared)
+    ctx.num_experts = len(inputs[5])
+    ctx.save_for_backward(*output[1:], *_flat(Inputs(*given)))
 
 
-def _grouped(saved: tuple[torch.Tensor, ...], num_experts: int) -> tuple[Any, ...]:
-    """Return what was saved as the arguments of backward."""
-    matrices, after = saved[7:], 2 * num_experts
-    return (*saved[:7], list(matrices[:num_experts]), list(matrices[num_experts:after]), list(matrices[after:]))
+def _flat(inputs: Inputs) -> list[torch.Tensor | None]:
+    """Return all tensors one by one, the matrices last."""
+    return [*inputs[:5], *inputs.fc1, *inputs.fc2, *inputs.shared]
+
+
+def _inputs_of(flat: Sequence[Any], num_experts: int) -> Inputs:
+    """Return what `_flat` took apart."""
+    matrices, after = flat[5:], 2 * num_experts
+    groups = matrices[:num_experts], matrices[num_experts:after], matrices[after:]
+    return Inputs(*flat[:5], *(list(group) for group in groups))
 
 
 def _differentiate(ctx: Any, *grads: torch.Tensor) -> Any:
+    packed, common, *flat = ctx.saved_tensors
     grad_x, grad_weights, *grad_matrices = _grouped_mlp_backward(
-        grads[0], *_grouped(ctx.saved_tensors, ctx.num_experts)
+        grads[0], *_inputs_of(flat, ctx.num_experts), packed, common
     )
     return grad_x, grad_weights, None, None, None, *grad_matrices, None
 
@@ -154,11 +127,8 @@ class _Eager(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
-        *others, num_experts, recompute = inputs[:7]
-        matrices = inputs[7:]
-        groups = [list(matrices[i : i + num_experts]) for i in (0, num_experts)] + [list(matrices[2 * num_experts :])]
-        arguments = (*others, *groups, recompute)
+    def forward(ctx: Any, num_experts: int, recompute: bool, *flat: Any) -> torch.Tensor:
+        arguments = (*_inputs_of(flat, num_experts), recompute)
         output = _forward(*arguments)
         _save(ctx, arguments, output)
         return output[0]
@@ -167,18 +137,18 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         if torch.is_grad_enabled():
             refuse("grouped_mlp_backward")
-        saved = ctx.saved_tensors  # once: recomputation hands them out a single time
-        matrices = saved[7:]
+        packed, common, *flat = ctx.saved_tensors  # once: recomputation hands them out a single time
+        inputs, matrices = _inputs_of(flat, ctx.num_experts), flat[5:]
         sinks = _sinks(matrices, ctx.num_experts, grads[0])
-        arguments = (grads[0], *_grouped(saved, ctx.num_experts), sinks)
-        grad_x, grad_weights, *grad_matrices = _backward_into(*arguments)
+        grad = grads[0].contiguous()
+        grad_x, grad_weights, *grad_matrices = _computing(grad).backward(grad, inputs, packed, common, sinks)
         for matrix, sink in zip(matrices, sinks, strict=True):
             if sink is not None:
                 matrix.grad_added_to_main_grad = True
-        return grad_x, grad_weights, *[None] * 5, *(each for group in grad_matrices for each in group)
+        return None, None, grad_x, grad_weights, *[None] * 3, *(each for group in grad_matrices for each in group)
 
 
-def _sinks(matrices: tuple[torch.Tensor, ...], num_experts: int, grad: torch.Tensor) -> list[torch.Tensor | None]:
+def _sinks(matrices: Sequence[torch.Tensor], num_experts: int, grad: torch.Tensor) -> list[torch.Tensor | None]:
     """Megatron's gradient buffers that its hook expects to be filled: those of all W1, of all W2, and of the gate.
 
     One launch fills all of a kind, so they are taken together or not at all, and Megatron's hook adds the gradients.
@@ -202,21 +172,10 @@ def _sinks(matrices: tuple[torch.Tensor, ...], num_experts: int, grad: torch.Ten
     return buffers
 
 
-def _apply(
-    x: torch.Tensor,
-    weights: torch.Tensor,
-    offsets: torch.Tensor,
-    order: ExpertOrder | None,
-    fc1: list[torch.Tensor],
-    fc2: list[torch.Tensor],
-    shared: list[torch.Tensor],
-    recompute: bool,
-) -> torch.Tensor:
-    source, positions = (None, None) if order is None else (order.source, order.positions)
+def _apply(inputs: Inputs, recompute: bool) -> torch.Tensor:
     if torch.compiler.is_compiling():
-        return _grouped_mlp(x, weights, offsets, source, positions, fc1, fc2, shared, recompute)[0]  # type: ignore[no-any-return]
-    arguments = (x, weights, offsets, source, positions, len(fc1), recompute, *fc1, *fc2, *shared)
-    return _Eager.apply(*arguments)  # type: ignore[no-untyped-call,no-any-return]
+        return _grouped_mlp(*inputs, recompute)[0]  # type: ignore[no-any-return]
+    return _Eager.apply(len(inputs.fc1), recompute, *_flat(inputs))  # type: ignore[no-untyped-call,no-any-return]
 
 
 def moe_mlp(
@@ -261,7 +220,8 @@ def moe_mlp(
         )
     _check_weights(weights, tuple(order.positions.shape), x)
     checks.require_device(OP, "order", order.source, x, "x")
-    return _apply(x, weights.contiguous(), order.offsets, order, *matrices, recompute)
+    inputs = Inputs(x, weights.contiguous(), order.offsets, order.source, order.positions, *matrices)
+    return _apply(inputs, recompute)
 
 
 def grouped_mlp(
@@ -294,7 +254,7 @@ def grouped_mlp(
     checks.require_shape(OP, "offsets", offsets, (len(fc1) + 1,))
     checks.require_device(OP, "offsets", offsets, x, "x")
     _check_weights(weights, (x.shape[0],), x)
-    return _apply(x, weights.contiguous(), offsets, None, *matrices, recompute)
+    return _apply(Inputs(x, weights.contiguous(), offsets, None, None, *matrices), recompute)
 
 
 def _check_weights(weights: torch.Tensor, shape: tuple[int, ...], x: torch.Tensor) -> None:

@@ -5,52 +5,29 @@ transformers, Qwen2MoeSparseMoeBlock. In torch: one GEMM per group and matrix, e
 while they are in the cache, and no Python per token. A row's weight multiplies the activation instead of the output:
 it is narrower, and the weight's gradient is (dy W2) . h, for which no output has to be kept.
 
-Shapes: T tokens, k experts per token, E experts of this rank, R rows in expert order (T k, or as many as came from
-other ranks), H hidden size, F and Fs widths of a routed and the shared expert. The outputs of W1 are
-`packed`, flat [R 2F], and `common`, flat [T 2Fs].
+Shapes as in inputs.py; the outputs of W1 are `packed`, flat [R 2F], and `common`, flat [T 2Fs].
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch.nn import functional
 
 from ..moe_permute.reference import gather_sum
+from .inputs import Gradients, Inputs, Sinks
 
 # Numbers of a block of elementwise work: 256 KiB per operand in fp32.
 BLOCK_NUMBERS = 65536
 
-Sinks = Sequence[torch.Tensor | None]
-Gradients = tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]
 
-
-def forward(
-    x: torch.Tensor,
-    weights: torch.Tensor,
-    offsets: torch.Tensor,
-    source: torch.Tensor | None,
-    positions: torch.Tensor | None,
-    fc1: list[torch.Tensor],
-    fc2: list[torch.Tensor],
-    shared: list[torch.Tensor],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return y ([T, H]; [R, H] if the rows of x are in expert order already), packed and common.
-
-    Args:
-        x: [T, H]; [R, H] if `source` is None.
-        weights: [T, k]; [R] if `source` is None.
-        offsets: [E + 1], where each expert's rows begin.
-        source: [R] of `expert_order`, or None.
-        positions: [T, k] of `expert_order`, or None.
-        fc1: E times [2F, H].
-        fc2: E times [H, F].
-        shared: nothing; or [2Fs, H], [H, Fs] and, where it is gated, [1, H].
-    """
+def forward(inputs: Inputs, keep: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return y, of the shape of x, and the outputs of W1: packed and common, empty unless `keep`."""
+    x, weights, offsets, source, positions, fc1, fc2, shared = inputs
     # Apart, as allocators return large blocks to the system: [2048, 256] tokens took 37 ms of 274 in page faults.
-    packed, common = (x.new_empty(size) for size in packed_sizes(x, weights, fc1, shared))
+    packed, common = (x.new_empty(size) for size in inputs.kept_sizes)
     routed = packed.view(weights.numel(), fc1[0].shape[0])
     tokens, row_weights = _rows(weights, source, positions)
     rows_y = x.new_empty(weights.numel(), x.shape[1])
@@ -63,29 +40,23 @@ def forward(
     if shared:
         first = torch.mm(x, shared[0].t(), out=common.view(x.shape[0], shared[0].shape[0]))
         y.addmm_(_activate(first, _gate(x, shared)), shared[1].t())
-    return y, packed, common
+    return (y, packed, common) if keep else (y, x.new_empty(0), x.new_empty(0))
 
 
 def backward(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    weights: torch.Tensor,
-    offsets: torch.Tensor,
-    source: torch.Tensor | None,
-    positions: torch.Tensor | None,
-    packed: torch.Tensor,
-    common: torch.Tensor,
-    fc1: list[torch.Tensor],
-    fc2: list[torch.Tensor],
-    shared: list[torch.Tensor],
-    sinks: Sinks = (),
+    grad: torch.Tensor, inputs: Inputs, packed: torch.Tensor, common: torch.Tensor, sinks: Sinks = ()
 ) -> Gradients:
     """Return the gradients of x, weights, fc1, fc2 and shared.
 
-    `grad` is that of y, packed and common are those of `forward` or empty to compute them again, the rest is as there.
-    `sinks` has for each of fc1, fc2 and shared, in this order, what its gradient is added to, or None; where it is
-    added, an uninitialised tensor is returned in its place.
+    Args:
+        grad: of y.
+        inputs: those of `forward`.
+        packed: of `forward`, or empty to compute it again.
+        common: as packed.
+        sinks: for each of fc1, fc2 and shared, in this order, what its gradient is added to, or None; where it is
+            added, an uninitialised tensor is returned in its place.
     """
+    x, weights, offsets, source, positions, fc1, fc2, shared = inputs
     routed = packed.view(weights.numel(), fc1[0].shape[0]) if packed.numel() else None
     tokens, row_weights = _rows(weights, source, positions)
     grad_rows = row_weights.new_empty(weights.numel())
@@ -128,13 +99,6 @@ def _backward_shared(
         grad_x.addmm_(grad_logit, shared[2])
         operands.append((grad_logit, x))
     return [_weight_gradient(weight, *pair, sink) for weight, pair, sink in zip(shared, operands, sinks, strict=True)]
-
-
-def packed_sizes(
-    x: torch.Tensor, weights: torch.Tensor, fc1: list[torch.Tensor], shared: list[torch.Tensor]
-) -> tuple[int, int]:
-    """Return how many numbers `packed` and `common` hold."""
-    return weights.numel() * fc1[0].shape[0], x.shape[0] * shared[0].shape[0] if shared else 0
 
 
 def _rows(

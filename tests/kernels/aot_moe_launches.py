@@ -14,6 +14,7 @@ import torch
 from aot_launches import meta
 
 from megatron_qwen.kernels.grouped_mlp import launch as grouped_mlp
+from megatron_qwen.kernels.grouped_mlp.inputs import Inputs
 from megatron_qwen.kernels.moe_permute import kernel as moe_permute
 from megatron_qwen.kernels.moe_routing import kernel as moe_routing
 from megatron_qwen.testing.aot import MachineCode, compile_launches
@@ -69,10 +70,11 @@ def launch_experts(sizes: Sizes, dtype: torch.dtype) -> None:
     fc2 = [meta(sizes.hidden, sizes.width, dtype=dtype)] * sizes.experts
     shapes = (2 * sizes.shared, sizes.hidden), (sizes.hidden, sizes.shared), (1, sizes.hidden)
     shared = [meta(*shape, dtype=dtype) for shape in shapes]
-    _, *kept = grouped_mlp.forward(x, weights, *order, fc1, fc2, shared, keep=True)
-    grouped_mlp.backward(x, x, weights, *order, *kept, fc1, fc2, shared)
+    inputs = Inputs(x, weights, *order, fc1, fc2, shared)
+    _, *kept = grouped_mlp.forward(inputs, keep=True)
+    grouped_mlp.backward(x, inputs, *kept)
     buffers = [each.float() for each in (*fc1, *fc2, *shared)]
-    grouped_mlp.backward(x, x, weights, *order, *kept, fc1, fc2, shared, buffers)
+    grouped_mlp.backward(x, inputs, *kept, buffers)
 
 
 def launches() -> dict[str, Callable[[], None]]:

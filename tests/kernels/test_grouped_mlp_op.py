@@ -89,7 +89,7 @@ def test_operation_is_registered_as_torch_wants_it() -> None:
     plain = [each.detach() if isinstance(each, torch.Tensor) else each for each in inputs]
     given = [[each.detach() for each in group] for group in matrices]
     _, *kept = library.grouped_mlp(*plain, *given, False)
-    torch.library.opcheck(library.grouped_mlp_backward.default, (torch.randn(5, 6), *plain, *kept, *given))
+    torch.library.opcheck(library.grouped_mlp_backward.default, (torch.randn(5, 6), *plain, *given, *kept))
 
 
 def loss(
