@@ -13,15 +13,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from megatron_qwen.cli.engine_options import (
+    CacheOption,
+    DcaChunkOption,
+    DcaLocalOption,
+    PrefillOption,
+    check_dtype,
+)
 from megatron_qwen.errors import ConfigError, CorruptInputError, IncompleteInputError
 
 if TYPE_CHECKING:
     from megatron_qwen.data.tokenizer import QwenTokenizer
-    from megatron_qwen.inference.engine import Completion
+    from megatron_qwen.inference.completion import Completion
     from megatron_qwen.inference.sampling import SamplingParams
     from megatron_qwen.model.config import QwenConfig
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 END_OF_TURN = "<|im_end|>"
 
 
@@ -53,6 +59,10 @@ def generate(
     pp: Annotated[int, typer.Option("--pp", "--pipeline-model-parallel-size", help="Pipeline parallel size.")] = 1,
     nproc: Annotated[int | None, typer.Option(help="Local ranks to start. [default: tp x pp]")] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16. [default: the folder's own]")] = None,
+    dca_chunk_size: DcaChunkOption = None,
+    dca_local_size: DcaLocalOption = None,
+    prefill_chunk_size: PrefillOption = None,
+    cache_tokens: CacheOption = None,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Open weights in pickle files, under an allow-list of plain classes.")
     ] = False,
@@ -63,6 +73,7 @@ def generate(
 
     What is not given comes from the folder's generation_config.json: sampling and end tokens.
     Giving --temperature, --top-p or --top-k draws tokens even where the folder says greedy.
+    Dual chunk attention is on where the folder's config.json has it, or with --dca-chunk-size.
     """
     from megatron_qwen.parallel.launch import is_rank_process, relaunch_on_local_ranks
 
@@ -94,9 +105,15 @@ def generate(
         given,
         chat=chat,
         system=system,
-        layout=(tp, pp),
-        dtype=dtype,
-        allow_pickle=allow_pickle,
+        engine={
+            "layout": (tp, pp),
+            "dtype": dtype,
+            "allow_pickle": allow_pickle,
+            "chunk_size": dca_chunk_size,
+            "local_size": dca_local_size,
+            "prefill_chunk_size": prefill_chunk_size,
+            "cache_tokens": cache_tokens,
+        },
         stream=stream,
         as_json=json_output,
     )
@@ -106,8 +123,7 @@ def _check_options(
     folder: Path, *, dtype: str | None, chat: bool, system: str | None, stream: bool, json_output: bool
 ) -> None:
     """Refuse what can be refused before anything heavy is imported or any rank started."""
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"--dtype: got {dtype!r}, expected one of {sorted(DTYPES)}")
+    check_dtype(dtype)
     if system is not None and not chat:
         raise ConfigError("--system is part of a chat; add --chat")
     if stream and json_output:
@@ -161,48 +177,32 @@ def _run(
     *,
     chat: bool,
     system: str | None,
-    layout: tuple[int, int],
-    dtype: str | None,
-    allow_pickle: bool,
+    engine: Mapping[str, Any],
     stream: bool,
     as_json: bool,
 ) -> None:
-    import torch
-
-    from megatron_qwen.conversion.loading import load_model, read_config
+    from megatron_qwen.cli.engine_options import load_engine
+    from megatron_qwen.conversion.loading import read_config
     from megatron_qwen.data.tokenizer import QwenTokenizer
-    from megatron_qwen.inference.engine import check_prompts
-    from megatron_qwen.inference.engine import generate as complete
+    from megatron_qwen.inference.completion import check_prompts
+    from megatron_qwen.inference.long_context import LongContext
     from megatron_qwen.parallel import groups
-    from megatron_qwen.parallel.layout import ParallelLayout
 
     config = read_config(folder)
     tokenizer = QwenTokenizer.load(folder if (folder / "config.json").is_file() else folder / "hf")
     params, sources = _choose_settings(given, tokenizer, config, chat=chat)
     prompts = [_as_chat(tokenizer, text, system) for text in texts] if chat else list(texts)
     # Before the weights are read, which may take minutes.
-    check_prompts(
-        [tokenizer.encode(text) for text in prompts],
-        positions=config.max_position_embeddings,
-        vocab_size=config.vocab_size,
-    )
-    parallel = ParallelLayout(tp=layout[0], pp=layout[1])
-    groups.initialize(parallel)
-    # The local backend's attention heeds the mask of a padded batch while decoding.
-    number = getattr(torch, DTYPES[dtype]) if dtype else None
-    model = load_model(folder, dtype=number, layout=parallel, backend="local", allow_pickle=allow_pickle)
+    context = LongContext.of_model(config, chunk_size=engine["chunk_size"], local_size=engine["local_size"])
+    check_prompts([tokenizer.encode(text) for text in prompts], context=context, vocab_size=config.vocab_size)
+    loaded = load_engine(folder, **engine)
     start = time.perf_counter()
-    completions = complete(
-        model,
-        tokenizer,
-        prompts,
-        params,
-        vocab_size=config.vocab_size,
-        on_text=_print_now if stream and groups.is_rank_zero() else None,
-    )
+    on_text = _print_now if stream and groups.is_rank_zero() else None
+    completions = loaded.generate(prompts, params, on_text=on_text)
     seconds = time.perf_counter() - start
     if groups.is_rank_zero():
-        _show(folder, prompts, completions, params, sources, seconds, parallel, stream=stream, as_json=as_json)
+        layout = engine["layout"]
+        _show(folder, prompts, completions, params, sources, seconds, layout, stream=stream, as_json=as_json)
     groups.shutdown()
 
 
@@ -247,7 +247,7 @@ def _show(
     params: SamplingParams,
     sources: Mapping[str, str],
     seconds: float,
-    layout: Any,
+    layout: tuple[int, int],
     *,
     stream: bool,
     as_json: bool,
@@ -259,7 +259,7 @@ def _show(
     if as_json:
         record = {
             "model": str(folder),
-            "layout": {"tp": layout.tp, "pp": layout.pp},
+            "layout": {"tp": layout[0], "pp": layout[1]},
             "sampling": {name: {"value": settings[name], "from": sources[name]} for name in settings},
             "completions": [
                 {"prompt": text, **dataclasses.asdict(each)} for text, each in zip(prompts, completions, strict=True)

@@ -1,124 +1,172 @@
-"""Keys and values of a batch of prompts of unequal length, in Megatron-Core's own static cache.
+"""Keys and values of sequences of any length, in pages that are handed out and taken back.
 
-Megatron's StaticInferenceContext has one write position for all rows. So that rows of unequal length can
-share it, each row is prefilled from slot 0 without padding, then moved right until all rows end in the
-same slot:
+A page holds `page_size` consecutive tokens of one sequence, in every layer at the same place. A sequence gets all the
+pages that it can come to need when it is admitted, so nothing runs out half-way through a text; they are free for
+others when it is done.
 
-    prefill:   slot 0 1 2 3 4          aligned:   slot 0 1 2 3 4 | 5 ...
-    row 0           a b c . .                          . . a b c | next tokens
-    row 1           d e f g h                          d e f g h |
+Keys are rotated once, when they are written: at their position, or with dual chunk attention at their position within
+a chunk.
 
-Decoding then hides a row's empty slots and rotates queries and keys by position, not by slot. Layers of the
-local backend cache keys rotated by their position in their own text, those of Transformer Engine before
-rotation: either way moving them changes nothing.
-
-Legend: B rows, S query tokens, K slots filled so far, D head size.
+Shapes: P pages, Z tokens of a page, G key-value heads of this rank, D head size, T tokens.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+
+from megatron_qwen.errors import ConfigError
+
+PAGE_SIZE = 64
+"""Tokens of a page: at 8,192 tokens a table of 128 entries, and 32 tokens lost per sequence on average."""
 
 
-class KeyValueCache:
-    """The static cache of one batch, on this rank.
-
-    Args:
-        prompt_lengths: tokens of each row's prompt, in ascending order.
-        max_new_tokens: slots to keep behind the longest prompt.
+@dataclass(frozen=True, kw_only=True)
+class CacheShape:
+    """Sizes of a cache on one rank.
 
     Attributes:
-        context: Megatron's StaticInferenceContext, given to every forward call.
-        num_filled: slots filled, in the aligned cache.
+        num_layers: attention layers of this rank.
+        num_heads: G.
+        head_dim: D.
+        dtype: of keys and values.
+        page_size: Z.
     """
 
-    def __init__(self, prompt_lengths: Sequence[int], max_new_tokens: int) -> None:
-        from megatron.core.inference.contexts import StaticInferenceContext
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    page_size: int = PAGE_SIZE
 
-        assert list(prompt_lengths) == sorted(prompt_lengths), prompt_lengths
-        self.num_filled = prompt_lengths[-1]
-        self._padding_B = torch.tensor([self.num_filled - length for length in prompt_lengths])
-        self.context = StaticInferenceContext(len(prompt_lengths), self.num_filled + max_new_tokens)
+    def __post_init__(self) -> None:
+        if self.page_size < 1:
+            raise ConfigError(f"page size of the key-value cache: got {self.page_size}, expected at least 1 token")
 
     @property
-    def is_padded(self) -> bool:
-        """Whether any row has empty slots."""
-        return bool(self._padding_B.any())
+    def page_bytes(self) -> int:
+        """Bytes of a page in all layers, keys and values."""
+        return 2 * self.num_layers * self.page_size * self.num_heads * self.head_dim * self.dtype.itemsize
 
-    def start_prefill(self, first_row: int) -> None:
-        """Have the next forward call fill rows `first_row` and following, from slot 0."""
-        self.context.enable_prefill_mode()
-        self.context.sequence_len_offset = 0
-        self.context.batch_size_offset = first_row
+    def pages_for(self, tokens: int) -> int:
+        """Return the pages of a sequence of so many tokens."""
+        return -(-tokens // self.page_size)
 
-    def align(self) -> None:
-        """Move every row right so that all end in slot `num_filled - 1`; the next call decodes all rows."""
-        for row, padding in enumerate(self._padding_B.tolist()):
-            if padding:
-                for memory_KBND in self._memories():
-                    memory_KBND[padding : self.num_filled, row] = memory_KBND[: self.num_filled - padding, row].clone()
-                    # Hidden, but still multiplied by a weight of zero, which NaN would survive.
-                    memory_KBND[:padding, row] = 0
-        self.context.batch_size_offset = 0
-        self.context.sequence_len_offset = self.num_filled
-        self.context.enable_decode_mode()
 
-    def advance(self) -> None:
-        """Count the slot that the last decoding call filled."""
-        self.num_filled += 1
-        self.context.sequence_len_offset = self.num_filled
+class PagedCache:
+    """Pages of all attention layers of this rank, and whose they are.
 
-    def _memories(self) -> Iterator[torch.Tensor]:
-        for keys_KBND, values_KBND in self.context.key_value_memory_dict.values():
-            yield keys_KBND
-            yield values_KBND
+    Attributes:
+        shape: sizes.
+        num_pages: P.
+        keys: per layer, [P, Z, G, D].
+        values: per layer, [P, Z, G, D].
+    """
 
-    def positions(self, device: torch.device) -> torch.Tensor:
-        """Return int64 [B, 1]: the position in its own text of the token that each row decodes next."""
-        return (self.num_filled - self._padding_B)[:, None].to(device)
+    def __init__(self, shape: CacheShape, num_pages: int, device: torch.device) -> None:
+        """Allocate.
 
-    def hidden_slots(self, device: torch.device) -> torch.Tensor | None:
-        """Return bool [B, 1, 1, K + 1], True where a slot is empty; None if no row has empty slots.
-
-        K + 1 counts the slot of the token being decoded.
+        Raises:
+            ConfigError: the pages do not fit into the memory of the device.
         """
-        if not self.is_padded:
-            return None
-        slots_K = torch.arange(self.num_filled + 1, device=device)
-        return (slots_K[None] < self._padding_B.to(device)[:, None])[:, None, None, :]
+        self.shape, self.num_pages = shape, num_pages
+        _require_memory(shape, num_pages, device)
+        size = num_pages, shape.page_size, shape.num_heads, shape.head_dim
+        # Zeros: a kernel may multiply what lies behind a sequence's end by a weight of zero, which NaN would survive.
+        self.keys = [torch.zeros(size, dtype=shape.dtype, device=device) for _ in range(shape.num_layers)]
+        self.values = [torch.zeros(size, dtype=shape.dtype, device=device) for _ in range(shape.num_layers)]
+        self._free = list(range(num_pages))
+        self._pages: dict[int, list[int]] = {}
 
-    @contextlib.contextmanager
-    def rotating_by_position(self, model: Any) -> Iterator[None]:
-        """Have `model` (a GPTModel) rotate each row by its own positions while decoding this cache.
+    @property
+    def num_free(self) -> int:
+        """Pages that no sequence holds."""
+        return len(self._free)
 
-        Megatron computes one table of angles [slots, 1, 1, D] for all rows; a forward hook on its rotary
-        module makes that [slots, B, 1, D], row b moved down by its padding.
+    def can_admit(self, tokens: int) -> bool:
+        """Whether a sequence of so many tokens gets its pages now.
+
+        Raises:
+            ConfigError: it never will.
         """
-        rotary = getattr(model, "rotary_pos_emb", None)
-        if not self.is_padded or not isinstance(rotary, nn.Module):
-            yield
-            return
+        needed = self.shape.pages_for(tokens)
+        if needed > self.num_pages:
+            raise ConfigError(
+                f"key-value cache: a sequence of {tokens:,} tokens needs {needed:,} pages of {self.shape.page_size} "
+                f"tokens, {_gib(needed * self.shape.page_bytes)} on this rank; the cache has {self.num_pages:,} pages, "
+                f"{_gib(self.num_pages * self.shape.page_bytes)}. Give the cache more tokens (--cache-tokens, "
+                "cache_tokens=), shorten the prompt, or ask for fewer new tokens"
+            )
+        return needed <= len(self._free)
 
-        def move_down(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-            if isinstance(output, tuple):  # YaRN's module returns (angles, factor)
-                return (self._angles_by_row(output[0]), *output[1:])
-            return self._angles_by_row(output)
+    def admit(self, sequence: int, tokens: int) -> None:
+        """Give a sequence the pages of all its tokens, present and future; the lowest free ones.
 
-        handle = rotary.register_forward_hook(move_down)
-        # The fused kernel of Transformer Engine takes one table for all rows only.
-        fusion, model.config.apply_rope_fusion = model.config.apply_rope_fusion, False
-        try:
-            yield
-        finally:
-            handle.remove()
-            model.config.apply_rope_fusion = fusion
+        Raises:
+            ConfigError: they are not free.
+        """
+        assert sequence not in self._pages, sequence
+        if not self.can_admit(tokens):
+            raise ConfigError(
+                f"key-value cache: a sequence of {tokens:,} tokens needs {self.shape.pages_for(tokens):,} pages, "
+                f"{len(self._free):,} of {self.num_pages:,} are free; wait until another sequence is done"
+            )
+        needed = self.shape.pages_for(tokens)
+        self._pages[sequence], self._free = self._free[:needed], self._free[needed:]
 
-    def _angles_by_row(self, angles_K11D: torch.Tensor) -> torch.Tensor:
-        slots_K = torch.arange(angles_K11D.size(0), device=angles_K11D.device)
-        positions_KB = (slots_K[:, None] - self._padding_B.to(slots_K)[None]).clamp(min=0)
-        return angles_K11D[:, 0, :, :][positions_KB]
+    def release(self, sequence: int) -> None:
+        """Take a sequence's pages back."""
+        for page in self._pages.pop(sequence):
+            bisect.insort(self._free, page)
+
+    def pages(self, sequence: int) -> list[int]:
+        """Return the pages of a sequence, in the order of its tokens."""
+        return self._pages[sequence]
+
+    def slots(self, sequence: int, start: int, end: int) -> list[int]:
+        """Return where tokens start to end - 1 of a sequence lie, counted in tokens over all pages."""
+        pages, size = self._pages[sequence], self.shape.page_size
+        return [pages[token // size] * size + token % size for token in range(start, end)]
+
+
+def gather(pages: torch.Tensor, tables: Sequence[Sequence[int]], lengths: Sequence[int]) -> torch.Tensor:
+    """Return the first tokens of several sequences one behind the other, [T, G, D].
+
+    Args:
+        pages: keys or values of one layer, [P, Z, G, D].
+        tables: the pages of each sequence.
+        lengths: tokens to take of each.
+    """
+    parts = [_first_tokens(pages, table, length) for table, length in zip(tables, lengths, strict=True)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _first_tokens(pages: torch.Tensor, table: Sequence[int], length: int) -> torch.Tensor:
+    count = -(-length // pages.shape[1])
+    first, last = table[0], table[count - 1]
+    if last - first == count - 1:  # pages are handed out in ascending order: these follow one another, a view will do
+        return pages[first : last + 1].flatten(0, 1)[:length]
+    return pages[torch.tensor(table[:count], device=pages.device)].flatten(0, 1)[:length]
+
+
+def _require_memory(shape: CacheShape, num_pages: int, device: torch.device) -> None:
+    import psutil
+
+    needed = num_pages * shape.page_bytes
+    if device.type == "cuda":
+        available, where = int(torch.cuda.mem_get_info(device)[0]), "the GPU"
+    else:
+        available, where = int(psutil.virtual_memory().available), "this machine"
+    if needed > available:
+        raise ConfigError(
+            f"key-value cache: {num_pages:,} pages of {shape.page_size} tokens need {_gib(needed)} on this rank, "
+            f"{_gib(available)} of {where} are free. Give fewer or shorter prompts at once, limit the cache's tokens "
+            "(--cache-tokens, cache_tokens=) so that prompts wait for one another, or use more ranks"
+        )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:,.2f} GiB"

@@ -1,61 +1,255 @@
-"""Text from a model: prefill, then one token per row and step, on any TP x PP layout.
+"""Text from a model: prompts in pieces of bounded size, then one token per text and step, on any TP x PP layout.
 
-Every rank calls `generate` with the same prompts. Each pipeline stage runs its part and hands hidden states
-on; the first rank of the last stage chooses the tokens and broadcasts them, so that all ranks hold the same
-text and stop together.
+Every rank makes the same calls with the same prompts. Each pipeline stage runs its part and hands hidden states on; the
+first rank of the last stage chooses the tokens and broadcasts them, so that all ranks hold the same texts and stop
+together.
 
-Legend: B rows, S tokens, H hidden size, V vocabulary.
+Texts share a paged cache (`cache.py`): each is computed at its own positions without padding, leaves when it is done,
+and its pages serve the next one that waits.
+
+Shapes: R texts of a step, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_qwen import compat
 from megatron_qwen.errors import ConfigError
-from megatron_qwen.inference.cache import KeyValueCache
+from megatron_qwen.inference.cache import PAGE_SIZE, CacheShape, PagedCache
+from megatron_qwen.inference.completion import Completion, Row, Tokenizer, check_prompts
+from megatron_qwen.inference.forward import PagedForward, Segment
+from megatron_qwen.inference.long_context import LongContext
 from megatron_qwen.inference.sampling import Sampler, SamplingParams
 from megatron_qwen.parallel.device import current_device
 
+if TYPE_CHECKING:
+    from megatron_qwen.parallel.layout import ParallelLayout
+
 logger = logging.getLogger(__name__)
 
-
-class Tokenizer(Protocol):
-    """What the engine asks of a tokenizer; `data.tokenizer.QwenTokenizer` has it."""
-
-    def encode(self, text: str) -> list[int]:
-        """Return the tokens of `text`."""
-        ...
-
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = ...) -> str:
-        """Return the text of `ids`."""
-        ...
+PREFILL_CHUNK_SIZE = 4096
+"""Prompt tokens of one call: 7B's widest activation takes 0.3 GB in bf16 then, not the 74 GB of 1M tokens at once."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Completion:
-    """What the model wrote after one prompt.
+class Engine:
+    """A loaded model that completes prompts and scores texts, call after call.
 
     Attributes:
-        text: without control tokens, ended before a stop string.
-        token_ids: every token chosen, the stop token included.
-        finish_reason: "stop" for a stop token or string, "length" for max_new_tokens or the model's last position.
-        logprobs: natural log-probability of each token under the model's unmodified logits.
-        prompt_tokens: length of the prompt.
+        tokenizer: of the model.
+        context: how far texts go, and how attention works there.
     """
 
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: Literal["stop", "length"]
-    logprobs: tuple[float, ...]
-    prompt_tokens: int
+    def __init__(
+        self,
+        model_chunks: Any,
+        tokenizer: Tokenizer,
+        *,
+        context: LongContext | None = None,
+        vocab_size: int | None = None,
+        prefill_chunk_size: int = PREFILL_CHUNK_SIZE,
+        cache_tokens: int | None = None,
+        page_size: int = PAGE_SIZE,
+    ) -> None:
+        """Take a model that is built.
+
+        Args:
+            model_chunks: this rank's GPTModel, or its list of virtual stages; of any backend.
+            tokenizer: of the model.
+            context: plain attention up to the model's positions if None.
+            vocab_size: rows of the vocabulary that may be chosen, where the model's is padded; None takes all.
+            prefill_chunk_size: prompt tokens of one forward call at most: the bound of activation memory.
+            cache_tokens: tokens of the key-value cache; prompts that do not fit wait for others. None makes room for
+                all prompts of a call at once.
+            page_size: tokens of a page of the cache.
+
+        Raises:
+            ConfigError: sizes below one, or a model built with sequence or context parallelism.
+        """
+        chunks = model_chunks if isinstance(model_chunks, Sequence) else [model_chunks]
+        self._chunks = [_unwrap(chunk) for chunk in chunks]
+        self.tokenizer = tokenizer
+        self.context = context or LongContext(positions=self._chunks[0].max_sequence_length)
+        self._vocab_size: int = vocab_size or self._chunks[0].vocab_size
+        self._prefill_chunk_size, self._cache_tokens = prefill_chunk_size, cache_tokens
+        for name, value in (("prefill_chunk_size", prefill_chunk_size), ("cache_tokens", cache_tokens)):
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}: got {value}, expected at least 1")
+        config = self._chunks[0].config
+        for name in ("sequence_parallel", "context_parallel_size"):
+            if getattr(config, name) > 1 or getattr(config, name) is True:
+                raise ConfigError(
+                    f"the model is built with {name} {getattr(config, name)}; generation decodes one token at a "
+                    "time, load it without"
+                )
+        layers = [layer.self_attention for chunk in self._chunks for layer in chunk.decoder.layers]
+        self._cache_shape = CacheShape(
+            num_layers=len(layers),
+            num_heads=layers[0].num_query_groups_per_partition if layers else 0,
+            head_dim=config.kv_channels,
+            dtype=config.params_dtype,
+            page_size=page_size,
+        )
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        layout: ParallelLayout | None = None,
+        dtype: torch.dtype | None = None,
+        chunk_size: int | None = None,
+        local_size: int | None = None,
+        allow_pickle: bool = False,
+        **options: Any,
+    ) -> Engine:
+        """Load a model and its tokenizer from a Hugging Face or Megatron folder.
+
+        Args:
+            folder: as `load_model` takes it.
+            layout: parallel sizes; those that run, or one rank.
+            dtype: of the parameters; None takes config.json's.
+            chunk_size: see `LongContext.of_model`.
+            local_size: likewise.
+            allow_pickle: open weights that are pickles, as plain data.
+            options: further arguments of the engine.
+
+        Raises:
+            ConfigError: see `LongContext.of_model` and the engine itself.
+            InputError: the folder holds no model or tokenizer.
+        """
+        from megatron_qwen.conversion.loading import load_model, read_config
+        from megatron_qwen.data.tokenizer import QwenTokenizer
+
+        path = Path(folder)
+        config = read_config(path)
+        context = LongContext.of_model(config, chunk_size=chunk_size, local_size=local_size)
+        tokenizer = QwenTokenizer.load(path if (path / "config.json").is_file() else path / "hf")
+        model = load_model(path, dtype=dtype, layout=layout, backend="local", allow_pickle=allow_pickle)
+        return cls(model, tokenizer, context=context, vocab_size=config.vocab_size, **options)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        params: SamplingParams,
+        *,
+        on_text: Callable[[int, str], None] | None = None,
+    ) -> list[Completion]:
+        """Complete every prompt.
+
+        Collective: every rank of the layout calls it with the same arguments and gets the same completions.
+
+        Args:
+            prompts: texts, control tokens written out (see `QwenTokenizer.apply_chat`).
+            params: how to choose and when to stop.
+            on_text: called with (prompt index, new text) as text becomes final; on every rank.
+
+        Raises:
+            ConfigError: no prompt, an empty one, one longer than the model's positions, one with tokens the model does
+                not have, or not enough memory for its keys and values.
+        """
+        rows = self._rows(prompts, params, on_text)
+        for _ in self._steps(rows, params):
+            pass
+        return [row.completion() for row in rows]
+
+    def stream(self, prompts: Sequence[str], params: SamplingParams) -> Iterator[tuple[int, str]]:
+        """Yield (prompt index, new text) as text becomes final; arguments, errors and ranks as in `generate`."""
+        pieces: collections.deque[tuple[int, str]] = collections.deque()
+        rows = self._rows(prompts, params, lambda index, text: pieces.append((index, text)))
+        for _ in self._steps(rows, params):
+            while pieces:
+                yield pieces.popleft()
+
+    def token_losses(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Return -log p of every token but the first, given those before it: fp32 [T - 1] on the CPU, in nats.
+
+        Collective. Memory as in prefill: no logits are held.
+
+        Raises:
+            ConfigError: fewer than two tokens, more than the model has positions, or too little memory.
+        """
+        if len(tokens) < 2:
+            raise ConfigError(f"token_losses: got {len(tokens)} tokens, expected at least 2")
+        check_prompts([tokens[:-1]], context=self.context, vocab_size=self._vocab_size)
+        losses = []
+        with _evaluating(self._chunks):
+            cache, forward = self._prepare(len(tokens) - 1, len(tokens) - 1)
+            cache.admit(0, len(tokens) - 1)
+            for start in range(0, len(tokens) - 1, self._prefill_chunk_size):
+                end = min(start + self._prefill_chunk_size, len(tokens) - 1)
+                hidden = forward.hidden([Segment(sequence=0, tokens=tokens[start:end], start=start)])
+                part = torch.empty(end - start, device=current_device())
+                if hidden is not None:
+                    labels = torch.tensor([tokens[start + 1 : end + 1]], device=hidden.device)
+                    part.copy_(self._chunks[-1].compute_fused_loss(hidden, labels)[0])
+                losses.append(_from_last_stage(part).cpu())
+        return torch.cat(losses)
+
+    def _rows(
+        self, prompts: Sequence[str], params: SamplingParams, on_text: Callable[[int, str], None] | None
+    ) -> list[Row]:
+        encoded = [self.tokenizer.encode(prompt) for prompt in prompts]
+        check_prompts(encoded, context=self.context, vocab_size=self._vocab_size)
+        rows = []
+        for index, prompt in enumerate(encoded):
+            room = params.max_new_tokens
+            if self.context.positions is not None and self.context.positions - len(prompt) < room:
+                room = self.context.positions - len(prompt)
+                logger.warning(
+                    "prompt %d: the completion ends at the model's last position: %d tokens, not %d",
+                    index, room, params.max_new_tokens,
+                )  # fmt: skip
+            rows.append(Row(self.tokenizer, prompt, params, index, room, on_text))
+        return rows
+
+    def _steps(self, rows: Sequence[Row], params: SamplingParams) -> Iterator[None]:
+        """Complete the rows; yield after every token that each of the present ones gets."""
+        all_tokens = sum(self._cache_shape.pages_for(row.most_tokens) for row in rows) * self._cache_shape.page_size
+        sampler = Sampler(params, [row.prompt for row in rows], self._vocab_size)
+        waiting, active = collections.deque(rows), list[Row]()
+        cache, forward = self._prepare(self._cache_tokens or all_tokens, max(row.most_tokens for row in rows))
+        while waiting or active:
+            fresh = _admit(waiting, cache)
+            with _evaluating(self._chunks):
+                logits = [*self._prefill(forward, fresh), *_decode(forward, active)]
+                active = [*fresh, *active]
+                tokens_R, logprobs_R = _choose(sampler, logits, [row.index for row in active])
+            for row, token, logprob in zip(active, tokens_R.tolist(), logprobs_R.tolist(), strict=True):
+                row.append(token, logprob)
+                if row.finish_reason:
+                    cache.release(row.index)
+            active = [row for row in active if not row.finish_reason]
+            yield
+
+    def _prepare(self, cache_tokens: int, most_tokens: int) -> tuple[PagedCache, PagedForward]:
+        cache = PagedCache(self._cache_shape, self._cache_shape.pages_for(cache_tokens), current_device())
+        return cache, PagedForward(self._chunks, cache, self.context, most_tokens)
+
+    def _prefill(self, forward: PagedForward, rows: Sequence[Row]) -> Iterator[torch.Tensor | None]:
+        """Compute the rows' prompts in calls of at most `prefill_chunk_size` tokens; yield logits in their order."""
+        segments: list[Segment] = []
+        wanted: list[int] = []
+        room = self._prefill_chunk_size
+        for row in rows:
+            start = 0
+            while start < len(row.prompt):
+                tokens = row.prompt[start : start + room]
+                segments.append(Segment(sequence=row.index, tokens=tokens, start=start))
+                start += len(tokens)
+                room -= len(tokens)
+                if start == len(row.prompt):
+                    wanted.append(len(segments) - 1)
+                if not room or (row is rows[-1] and start == len(row.prompt)):
+                    yield forward.logits(segments, wanted)
+                    segments, wanted, room = [], [], self._prefill_chunk_size
 
 
 def generate(
@@ -66,142 +260,21 @@ def generate(
     *,
     vocab_size: int | None = None,
     on_text: Callable[[int, str], None] | None = None,
+    **options: Any,
 ) -> list[Completion]:
-    """Complete every prompt; all of them are one batch.
-
-    Collective: every rank of the layout calls it with the same arguments and gets the same completions.
+    """Complete every prompt with a model that is at hand; all of them are one batch.
 
     Args:
         model_chunks: this rank's GPTModel, or its list of virtual stages.
         tokenizer: of the model.
-        prompts: texts, control tokens written out (see `QwenTokenizer.apply_chat`).
+        prompts: see `Engine.generate`; likewise params, on_text, ranks and errors.
         params: how to choose and when to stop.
-        vocab_size: rows of the vocabulary that may be chosen, where the model's is padded; None takes all.
-        on_text: called with (prompt index, new text) as text becomes final; on every rank.
-
-    Raises:
-        ConfigError: no prompt, an empty one, one longer than the model's positions, one with tokens the
-            model does not have, or a model built with sequence parallelism.
+        vocab_size: see `Engine`.
+        on_text: called with new text.
+        options: further arguments of `Engine`.
     """
-    chunks = [_unwrap(chunk) for chunk in (model_chunks if isinstance(model_chunks, Sequence) else [model_chunks])]
-    rows = [_Row(tokenizer, tokenizer.encode(prompt), params, index, on_text) for index, prompt in enumerate(prompts)]
-    vocab_size, positions = vocab_size or chunks[0].vocab_size, chunks[0].max_sequence_length
-    check_prompts([row.prompt for row in rows], positions=positions, vocab_size=vocab_size)
-    _check_model(chunks[0], rows)
-    room = positions - max(len(row.prompt) for row in rows)
-    if room < params.max_new_tokens:
-        logger.warning("completions end at the model's last position: %d tokens, not %d", room, params.max_new_tokens)
-    # The cache takes rows by ascending length; `index` leads back to the caller's order.
-    batch = sorted(rows, key=lambda row: len(row.prompt))
-    with _inference(chunks):
-        sampler = Sampler(params, [row.prompt for row in batch], vocab_size)
-        _complete(chunks, batch, sampler, min(params.max_new_tokens, room))
-    return [row.completion() for row in rows]
-
-
-class _Row:
-    """One prompt and what has been written after it."""
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        prompt: list[int],
-        params: SamplingParams,
-        index: int,
-        on_text: Callable[[int, str], None] | None,
-    ) -> None:
-        self.prompt = prompt
-        self.index = index
-        self.finish_reason: Literal["stop", "length"] | None = None
-        self._tokenizer, self._params, self._on_text = tokenizer, params, on_text
-        self._tokens: list[int] = []
-        self._logprobs: list[float] = []
-        self._text = ""
-        self._shown = 0
-
-    def append(self, token: int, logprob: float, *, is_last: bool) -> None:
-        """Take the next token, unless this row is done; find out whether it now is."""
-        if self.finish_reason is not None:
-            return
-        self._tokens.append(token)
-        self._logprobs.append(logprob)
-        if token in self._params.stop_token_ids:
-            self.finish_reason = "stop"
-        if self._params.stop or self._on_text:
-            self._update_text()
-        if is_last and self.finish_reason is None:
-            self.finish_reason = "length"
-        if self._on_text:
-            self._show()
-
-    def _update_text(self) -> None:
-        self._text = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
-        ends = [self._text.find(each) for each in self._params.stop if each in self._text]
-        if ends:
-            self._text = self._text[: min(ends)]
-            self.finish_reason = "stop"
-
-    def _show(self) -> None:
-        final = len(self._text)
-        if self.finish_reason is None:
-            # The last character may be half a code point, and the last characters the start of a stop string.
-            longest_stop = max((len(each) for each in self._params.stop), default=1)
-            final = max(self._shown, len(self._text.rstrip("\ufffd")) - longest_stop + 1)
-        if self._on_text and final > self._shown:
-            self._on_text(self.index, self._text[self._shown : final])
-            self._shown = final
-
-    def completion(self) -> Completion:
-        """Return the finished completion."""
-        assert self.finish_reason is not None, self.index
-        self._update_text()
-        return Completion(
-            text=self._text,
-            token_ids=tuple(self._tokens),
-            finish_reason=self.finish_reason,
-            logprobs=tuple(self._logprobs),
-            prompt_tokens=len(self.prompt),
-        )
-
-
-def check_prompts(prompts: Sequence[Sequence[int]], *, positions: int, vocab_size: int) -> None:
-    """Refuse prompts that a model cannot complete; needs no model, so that it can be done before one is loaded.
-
-    Args:
-        prompts: token ids of each.
-        positions: the model's max_position_embeddings.
-        vocab_size: the model's rows.
-
-    Raises:
-        ConfigError: no prompt, or one that is empty, too long, or has tokens the model does not have.
-    """
-    if not prompts:
-        raise ConfigError("no prompt was given; expected at least one")
-    for index, prompt in enumerate(prompts):
-        if not prompt:
-            raise ConfigError(f"prompt {index} is empty; expected at least one token")
-        if len(prompt) >= positions:
-            raise ConfigError(
-                f"prompt {index} has {len(prompt):,} tokens; the model has {positions:,} positions, "
-                "and at least one is needed for the completion; shorten the prompt"
-            )
-        if max(prompt) >= vocab_size:
-            raise ConfigError(
-                f"prompt {index}: token {max(prompt)} is not in the model's vocabulary of {vocab_size:,}; "
-                "the tokenizer belongs to another model"
-            )
-
-
-def _check_model(model: Any, rows: Sequence[_Row]) -> None:
-    if model.config.sequence_parallel:
-        raise ConfigError(
-            "the model is built with sequence_parallel; generation decodes one token at a time, load it without"
-        )
-    if model.config.transformer_impl == "transformer_engine" and len({len(row.prompt) for row in rows}) > 1:
-        raise ConfigError(
-            "prompts of unequal length: the attention of Transformer Engine takes no mask while decoding with a "
-            "static cache; load the model with backend='local', or give the prompts one at a time"
-        )
+    engine = Engine(model_chunks, tokenizer, vocab_size=vocab_size, **options)
+    return engine.generate(prompts, params, on_text=on_text)
 
 
 def _unwrap(model: Any) -> Any:
@@ -212,91 +285,58 @@ def _unwrap(model: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _inference(chunks: Sequence[Any]) -> Iterator[None]:
+def _evaluating(chunks: Sequence[Any]) -> Iterator[None]:
+    """Nothing is dropped out or kept for gradients; a model in training goes back to training."""
     was_training = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
     try:
-        with torch.no_grad(), compat.inference_mode():
+        with torch.no_grad():
             yield
     finally:
         for chunk, training in zip(chunks, was_training, strict=True):
             chunk.train(training)
 
 
-def _complete(chunks: Sequence[Any], batch: Sequence[_Row], sampler: Sampler, max_new_tokens: int) -> None:
-    """Prefill the rows (ascending by prompt length), then decode until every row is done."""
-    device = current_device()
-    cache = KeyValueCache([len(row.prompt) for row in batch], max_new_tokens)
-    logits_BV = _prefill(chunks, cache, [row.prompt for row in batch])
-    cache.align()
-    with contextlib.ExitStack() as stack:
-        for chunk in chunks:
-            stack.enter_context(cache.rotating_by_position(chunk))
-        for written in range(1, max_new_tokens + 1):
-            tokens_B, logprobs_B = _choose(sampler, logits_BV, len(batch))
-            for row, token, logprob in zip(batch, tokens_B.tolist(), logprobs_B.tolist(), strict=True):
-                row.append(token, logprob, is_last=written == max_new_tokens)
-            if all(row.finish_reason for row in batch):
-                return
-            logits_BV = _forward(
-                chunks, tokens_B[:, None], cache.positions(device), cache.hidden_slots(device), cache.context
-            )
-            cache.advance()
+def _admit(waiting: collections.deque[Row], cache: PagedCache) -> list[Row]:
+    """Take waiting rows into the cache, in order, as far as pages are free."""
+    admitted = []
+    while waiting and cache.can_admit(waiting[0].most_tokens):
+        row = waiting.popleft()
+        cache.admit(row.index, row.most_tokens)
+        admitted.append(row)
+    return admitted
 
 
-def _prefill(chunks: Sequence[Any], cache: KeyValueCache, prompts: Sequence[Sequence[int]]) -> torch.Tensor | None:
-    """Fill the cache, prompts of equal length together; return the logits [B, V] after each prompt."""
-    device = current_device()
-    lengths = [len(prompt) for prompt in prompts]
-    logits_BV = []
-    for length in sorted(set(lengths)):
-        first, count = lengths.index(length), lengths.count(length)
-        tokens_BS = torch.tensor([prompts[row] for row in range(first, first + count)], device=device)
-        cache.start_prefill(first)
-        positions_BS = torch.arange(length, device=device).expand(count, length)
-        logits_BV.append(_forward(chunks, tokens_BS, positions_BS, None, cache.context))
-    return torch.cat([each for each in logits_BV if each is not None]) if logits_BV[0] is not None else None
+def _decode(forward: PagedForward, rows: Sequence[Row]) -> Iterator[torch.Tensor | None]:
+    """Yield the logits behind each row's last token."""
+    if rows:
+        segments = [Segment(sequence=row.index, tokens=[row.last_token], start=row.last_position) for row in rows]
+        yield forward.logits(segments, range(len(rows)))
 
 
-def _forward(
-    chunks: Sequence[Any],
-    tokens_BS: torch.Tensor,
-    positions_BS: torch.Tensor,
-    hidden_slots: torch.Tensor | None,
-    context: Any,
-) -> torch.Tensor | None:
-    """Run the tokens through all stages; return the last token's logits [B, V] on the last stage, else None."""
-    from megatron.core import parallel_state
-
-    batch_size, length = tokens_BS.shape
-    output: torch.Tensor | None = None
-    for chunk in chunks:
-        if not chunk.pre_process:
-            hidden_SBH = torch.empty(
-                length, batch_size, chunk.config.hidden_size, dtype=chunk.config.pipeline_dtype, device=tokens_BS.device
-            )
-            dist.recv(hidden_SBH, parallel_state.get_pipeline_model_parallel_prev_rank())
-            chunk.set_input_tensor(hidden_SBH)
-        output = chunk(tokens_BS, positions_BS, hidden_slots, inference_context=context, runtime_gather_output=True)
-        if not chunk.post_process:
-            assert output is not None
-            dist.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
-            output = None
-    return None if output is None else output[:, -1]
+def _choose(
+    sampler: Sampler, logits: Sequence[torch.Tensor | None], rows: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Have one rank choose; return tokens (int64 [R]) and log-probabilities (float64 [R]), equal on all ranks."""
+    choice_2R = torch.empty(2, len(rows), dtype=torch.float64, device=current_device())
+    if dist.get_rank() == _chooser():
+        logits_RV = torch.cat([each for each in logits if each is not None])
+        choice_2R[0], choice_2R[1] = sampler(logits_RV[:, : sampler.vocab_size], rows)
+    choice_2R = _from_last_stage(choice_2R)
+    return choice_2R[0].long(), choice_2R[1]
 
 
-def _choose(sampler: Sampler, logits_BV: torch.Tensor | None, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Have one rank choose; return tokens (int64 [B]) and log-probabilities (float64 [B]), equal on all ranks."""
-    from megatron.core import parallel_state
-
-    stages = parallel_state.get_pipeline_model_parallel_world_size()
-    # Megatron numbers ranks with the pipeline stage outermost: this is the first rank of the last stage.
-    chooser = dist.get_world_size() // stages * (stages - 1)
-    choice_2B = torch.empty(2, batch_size, dtype=torch.float64, device=current_device())
-    if dist.get_rank() == chooser:
-        assert logits_BV is not None
-        choice_2B[0], choice_2B[1] = sampler(logits_BV[:, : sampler.vocab_size])
+def _from_last_stage(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor of the first rank of the last pipeline stage; equal on all ranks."""
     if dist.get_world_size() > 1:
-        dist.broadcast(choice_2B, chooser)
-    return choice_2B[0].long(), choice_2B[1]
+        dist.broadcast(tensor, _chooser())
+    return tensor
+
+
+def _chooser() -> int:
+    from megatron.core import parallel_state
+
+    stages: int = parallel_state.get_pipeline_model_parallel_world_size()
+    # Megatron numbers ranks with the pipeline stage outermost: this is the first rank of the last stage.
+    return dist.get_world_size() // stages * (stages - 1)

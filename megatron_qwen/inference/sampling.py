@@ -154,19 +154,26 @@ class Sampler:
             self._generators.append(torch.Generator().manual_seed((params.seed + repeats[tuple(prompt)]) % 2**63))
             repeats[tuple(prompt)] += 1
 
-    def __call__(self, logits_BV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the next tokens (int64 [B]) and their log-probabilities under the unmodified logits (float32 [B])."""
+    def __call__(self, logits_BV: torch.Tensor, rows: Sequence[int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the next tokens (int64 [B]) and their log-probabilities under the unmodified logits (float32 [B]).
+
+        Args:
+            logits_BV: float.
+            rows: the row that each of them belongs to; None for all rows in order.
+        """
+        rows = range(len(self._generators)) if rows is None else rows
         raw_BV = logits_BV.float()
         self._seen_BV = self._seen_BV.to(raw_BV.device)
-        tokens_B = self._choose(raw_BV)
-        self._seen_BV.scatter_(1, tokens_B[:, None], True)
+        tokens_B = self._choose(raw_BV, rows)
+        self._seen_BV[torch.tensor(rows, device=raw_BV.device), tokens_B] = True
         logprobs_BV = raw_BV.log_softmax(dim=-1)
         return tokens_B, logprobs_BV.gather(1, tokens_B[:, None])[:, 0]
 
-    def _choose(self, scores_BV: torch.Tensor) -> torch.Tensor:
+    def _choose(self, scores_BV: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
         params = self.params
         if params.repetition_penalty != 1:
-            scores_BV = penalize_repetition(scores_BV, self._seen_BV, params.repetition_penalty)
+            seen_BV = self._seen_BV[torch.tensor(rows, device=scores_BV.device)]
+            scores_BV = penalize_repetition(scores_BV, seen_BV, params.repetition_penalty)
         if params.is_greedy:
             return scores_BV.argmax(dim=-1)
         # The order is that of transformers: penalty, temperature, top-k, top-p.
@@ -175,5 +182,6 @@ class Sampler:
             scores_BV = keep_top_k(scores_BV, params.top_k)
         if params.top_p < 1:
             scores_BV = keep_top_p(scores_BV, params.top_p)
-        uniforms_B = torch.stack([torch.rand((), generator=each, dtype=torch.float64) for each in self._generators])
+        generators = [self._generators[row] for row in rows]
+        uniforms_B = torch.stack([torch.rand((), generator=each, dtype=torch.float64) for each in generators])
         return draw(scores_BV.softmax(dim=-1), uniforms_B.to(scores_BV.device))

@@ -1,0 +1,110 @@
+"""How far a model's text may go, and how it attends there.
+
+Plain attention ends at the positions the model was made for. With Dual Chunk Attention (arXiv 2402.17463) no distance
+exceeds the trained ones, so text may be of any length; within the first chunk it is plain attention. Beyond the trained
+length the logits are scaled by the square of the log-length temperature (Qwen2.5-1M, arXiv 2501.15383, equation 1).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megatron_qwen import ops
+from megatron_qwen.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_qwen.model.config import QwenConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongContext:
+    """What the engine asks of attention.
+
+    Attributes:
+        positions: tokens a text may have; None for as many as memory holds.
+        chunks: Dual Chunk Attention, or None for plain attention.
+        original_length: tokens from which the temperature rises; 0 for never.
+    """
+
+    positions: int | None
+    chunks: ops.ChunkLayout | None = None
+    original_length: int = 0
+
+    @classmethod
+    def of_model(
+        cls, config: QwenConfig, *, chunk_size: int | None = None, local_size: int | None = None
+    ) -> LongContext:
+        """Return what fits a model.
+
+        Args:
+            config: its dual_chunk_attention_config switches Dual Chunk Attention on, with the released code's cap.
+            chunk_size: tokens of a chunk and its window, in the place of the configuration's.
+            local_size: tokens of the window; a sixteenth of chunk_size if None, as ChunkLlama has it for Qwen.
+
+        Raises:
+            ConfigError: a window without chunks, sizes out of range, or chunks beyond what the model was trained on.
+        """
+        if chunk_size is None and local_size is not None:
+            raise ConfigError(f"local_size is {local_size} without chunk_size; give both, or chunk_size alone")
+        own, trained = config.dual_chunk_attention, config.max_position_embeddings
+        if chunk_size is None and own is None:
+            return cls(positions=trained)
+        if own is not None:
+            trained = own.original_max_position_embeddings or own.chunk_size
+        original_length = trained if own is None else own.original_max_position_embeddings
+        if chunk_size is None:
+            assert own is not None
+            chunks = ops.ChunkLayout.released(own.chunk_size, own.local_size)
+        else:
+            window = max(chunk_size // 16, 1) if local_size is None else local_size
+            chunks = ops.ChunkLayout.released(chunk_size, window)
+        if chunks.chunk_size > trained:
+            raise ConfigError(
+                f"dual chunk attention: chunk_size is {chunks.chunk_size:,}, the model was trained on {trained:,} "
+                f"tokens; distances up to chunk_size occur, so it must be at most {trained:,}"
+            )
+        return cls(positions=None, chunks=chunks, original_length=original_length)
+
+    def logit_scale(self, positions: torch.Tensor) -> torch.Tensor | None:
+        """Return the factor of each query's logits, fp32 like positions; None if all are 1.
+
+        A token at position p counts the p + 1 tokens up to itself, so a row does not depend on what follows: decoding
+        equals prefill, however it is cut. The released code takes the whole prompt's length for all of its rows.
+
+        Args:
+            positions: integers.
+        """
+        if not self.original_length or not positions.numel() or int(positions.max()) < self.original_length:
+            return None
+        return ops.log_length_temperature(positions + 1, self.original_length).square()
+
+    def within(self, tokens: int) -> LongContext:
+        """Return the same for texts of at most so many tokens: plain attention if the first chunk holds them."""
+        is_one_chunk = self.chunks is not None and tokens <= self.chunks.stride
+        return dataclasses.replace(self, chunks=None) if is_one_chunk else self
+
+    def table_rows(self, tokens: int) -> int:
+        """Return the positions that rotary tables must have for texts of so many tokens."""
+        return tokens if self.chunks is None else self.chunks.limit + 1
+
+    def key_positions(self, positions: torch.Tensor) -> torch.Tensor:
+        """Return where keys are rotated, given where they are in their text."""
+        return positions if self.chunks is None else positions % self.chunks.stride
+
+    def require(self, prompt_tokens: int, what: str) -> None:
+        """Refuse a text that leaves no position for a further token.
+
+        Raises:
+            ConfigError: it does.
+        """
+        if self.positions is not None and prompt_tokens >= self.positions:
+            chunk_size = self.positions // 4 * 3
+            raise ConfigError(
+                f"{what} has {prompt_tokens:,} tokens; the model has {self.positions:,} positions, and at least one is "
+                "needed for the completion; shorten the prompt, or go beyond with dual chunk attention: "
+                f"--dca-chunk-size {chunk_size} --dca-local-size {chunk_size // 16} (chunk_size=, local_size=)"
+            )
