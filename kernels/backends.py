@@ -105,6 +105,13 @@ def backend_for(op: str, tensor: torch.Tensor, unfit: str = "") -> str:
     return _choose(op, request, tensor.device, tensor.dtype, unfit).backend
 
 
+def unfit_dtype(name: str, tensor: torch.Tensor | None) -> str:
+    """Return why no kernel can take this further input, whose dtype may differ from the first one's; empty if it can."""
+    if tensor is None or tensor.dtype in KERNEL_DTYPES:
+        return ""
+    return f"{name} has dtype {tensor.dtype}, and kernels take float32, bfloat16 and float16"
+
+
 def launches(op: str, backend: str) -> ModuleType:
     """Return the module with the launch functions of `op` for "triton" or "cuda"; both take the same arguments."""
     return importlib.import_module(f".{op}.{'cuda' if backend == 'cuda' else 'kernel'}", __package__)

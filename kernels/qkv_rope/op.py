@@ -9,7 +9,7 @@ import torch
 
 from ...errors import ConfigError
 from .. import checks
-from ..backends import backend_for, launches, register_operation
+from ..backends import backend_for, launches, register_operation, unfit_dtype
 from ..registration import register_differentiable
 from . import reference
 from .layout import Layout
@@ -30,7 +30,7 @@ def _forward(
     num_groups: int,
     head_dim: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    backend = backend_for(OP, packed)
+    backend = backend_for(OP, packed, unfit_dtype("bias", bias))
     if backend == "reference":
         return reference.forward(packed, cos, sin, bias, positions, num_groups, head_dim)
     outputs = _forward_fake(packed, cos, sin, bias, positions, num_groups, head_dim)
@@ -76,7 +76,7 @@ def _backward(
     bias: torch.Tensor | None,
     positions: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    backend = backend_for(OP, packed)
+    backend = backend_for(OP, packed, unfit_dtype("bias", bias))
     if backend == "reference":
         grads = grad_q, grad_k, grad_v
         grad_packed, grad_bias = reference.backward(grads, packed, cos, sin, positions, bias is not None)

@@ -9,7 +9,7 @@ import torch
 
 from ...errors import ConfigError
 from .. import checks
-from ..backends import backend_for, launches, register_operation
+from ..backends import backend_for, launches, register_operation, unfit_dtype
 from ..registration import register_differentiable
 from . import reference
 
@@ -20,7 +20,7 @@ register_operation(OP, "triton", "cuda")
 
 
 def _forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    backend = _backend(x)
+    backend = _backend(x, weight)
     if backend == "reference":
         return reference.forward(x, weight, eps)
     y, inverse_rms = _forward_fake(x, weight, eps)
@@ -38,7 +38,7 @@ def _forward_fake(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[to
 def _add_forward(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    backend = _backend(x)
+    backend = _backend(x, weight)
     if backend == "reference":
         return reference.add_forward(x, residual, weight, eps)
     y, total, inverse_rms = _add_forward_fake(x, residual, weight, eps)
@@ -58,7 +58,7 @@ def _add_forward_fake(
 def _backward(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, inverse_rms: torch.Tensor, grad_sum: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    backend = _backend(x)
+    backend = _backend(x, weight)
     if backend == "reference":
         return reference.backward(grad, x, weight, inverse_rms, grad_sum)
     if not x.numel():
@@ -83,10 +83,10 @@ def _backward_fake(
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
-def _backend(x: torch.Tensor) -> str:
+def _backend(x: torch.Tensor, weight: torch.Tensor) -> str:
     hidden = x.shape[-1]
     unfit = "" if hidden <= LARGEST_HIDDEN else f"a row of {hidden} does not fit one program (at most {LARGEST_HIDDEN})"
-    return backend_for(OP, x, unfit)
+    return backend_for(OP, x, unfit or unfit_dtype("weight", weight))
 
 
 def _empty_inverse_rms(x: torch.Tensor) -> torch.Tensor:

@@ -212,6 +212,17 @@ def run_long_row(backend: str) -> None:
         rms_norm(torch.zeros(1, 16385), torch.ones(16385))
 
 
+def run_fp64_weight(backend: str) -> None:
+    with ops.use_backend(backend):
+        rms_norm(torch.zeros(3, 4), torch.ones(4, dtype=torch.float64))
+
+
+def run_fp64_bias(backend: str) -> None:
+    tables = ops.rope_tables(torch.tensor([1.0, 0.1]), 3)
+    with ops.use_backend(backend):
+        ops.qkv_rope(torch.zeros(3, 12), *tables, num_groups=1, head_dim=4, bias=torch.zeros(12, dtype=torch.float64))
+
+
 def check_rounding_of_bf16() -> None:
     """1 + 2^-8 lies halfway: down to the even neighbour; 1 + 3 * 2^-8 up to it; the rest to the nearer one."""
     gate = torch.full((5,), 40.0)  # silu(40) is 40 in fp32

@@ -65,6 +65,12 @@ def test_a_row_too_long_for_a_program_is_refused(interpreted) -> None:
         interpreted(op_checks.run_long_row, "triton")
 
 
+@pytest.mark.parametrize(("run", "name"), [(op_checks.run_fp64_weight, "weight"), (op_checks.run_fp64_bias, "bias")])
+def test_parameters_in_fp64_are_refused(interpreted, run, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} has dtype torch.float64, and kernels take float32"):
+        interpreted(run, "triton")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("lead", "heads", "rotated"), [((5, 2), (2, 7, 16), 16), ((9,), (3, 1, 10), 6), ((0, 2), (1, 1, 8), 8)]
