@@ -106,7 +106,7 @@ def backend_for(op: str, tensor: torch.Tensor, unfit: str = "") -> str:
 
 
 def unfit_dtype(name: str, tensor: torch.Tensor | None) -> str:
-    """Return why no kernel can take this further input, whose dtype may differ from the first one's; empty if it can."""
+    """Return why no kernel can take this further input, which may have a dtype of its own; empty if it can."""
     if tensor is None or tensor.dtype in KERNEL_DTYPES:
         return ""
     return f"{name} has dtype {tensor.dtype}, and kernels take float32, bfloat16 and float16"
