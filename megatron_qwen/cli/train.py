@@ -32,6 +32,7 @@ _FIELDS = {
     "ep": "parallel.ep",
     "etp": "parallel.etp",
     "cp": "parallel.cp",
+    "cp_comm_type": "performance.cp_comm_type",
     "dp": "parallel.dp",
     "sequence_parallel": "parallel.sequence_parallel",
     "pp_layout": "parallel.pp_layout",
@@ -106,6 +107,9 @@ def pretrain(
     ] = None,
     cp: Annotated[
         int | None, typer.Option("--cp", "--context-parallel-size", help="Context.", rich_help_panel=_LAYOUT)
+    ] = None,
+    cp_comm_type: Annotated[
+        str | None, typer.Option(help="Keys of other ranks: p2p (a ring) or all_gather.", rich_help_panel=_LAYOUT)
     ] = None,
     dp: Annotated[
         int | None, typer.Option("--dp", "--data-parallel-size", help="Data. [default: fits]", rich_help_panel=_LAYOUT)

@@ -14,9 +14,9 @@ from __future__ import annotations
 import torch
 
 from megatron_qwen.errors import ConfigError
+from megatron_qwen.parallel.layout import CP_COMM_TYPES
 
-ALL_GATHER, RING = "all_gather", "p2p"
-COMM_TYPES = (RING, ALL_GATHER)
+RING, ALL_GATHER = CP_COMM_TYPES
 
 
 def require_comm_type(name: str, where: str) -> str:
@@ -25,7 +25,7 @@ def require_comm_type(name: str, where: str) -> str:
     Raises:
         ConfigError: another one; names the field `where`.
     """
-    if name not in COMM_TYPES:
+    if name not in CP_COMM_TYPES:
         raise ConfigError(
             f"{where}: got {name!r}, expected {RING!r} (a ring) or {ALL_GATHER!r}: the local attention has no other"
         )

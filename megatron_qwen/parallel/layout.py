@@ -10,6 +10,9 @@ from typing import Any
 
 from megatron_qwen.errors import ConfigError
 
+CP_COMM_TYPES = ("p2p", "all_gather")
+"""How context-parallel ranks come by the keys, by Megatron-Core's names: around a ring, or all at once."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelLayout:

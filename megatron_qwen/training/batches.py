@@ -2,19 +2,22 @@
 
 Global batch k holds samples [k * G, (k + 1) * G) of the dataset. Micro-batch j of the global batch holds the
 next B of them, and data-parallel rank r of D runs micro-batches r, r + D, r + 2D, ... So one rank and many see the
-same micro-batches, and a resumed run goes on where the last one stopped, on any number of ranks.
+same micro-batches, and a resumed run goes on where the last one stopped, on any number of ranks. Context-parallel ranks
+read the same samples, and keep their tokens of each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from megatron_qwen.errors import ConfigError
+from megatron_qwen.parallel.context import tokens_of_rank
 
 MICROBATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
@@ -27,12 +30,15 @@ class BatchPlan:
         global_batch_size: G, samples of a step.
         micro_batch_size: B, samples of a forward pass.
         dp_rank, dp_size: of this rank.
+        cp_rank, cp_size: likewise; which tokens of a sample it keeps.
     """
 
     global_batch_size: int
     micro_batch_size: int
     dp_rank: int = 0
     dp_size: int = 1
+    cp_rank: int = 0
+    cp_size: int = 1
 
     @property
     def num_microbatches(self) -> int:
@@ -83,7 +89,7 @@ def step_batches(
     loader = DataLoader(
         dataset,
         batch_sampler=_StepSampler(plan, first_step, last_step),
-        collate_fn=stack_samples,
+        collate_fn=partial(stack_samples, cp_rank=plan.cp_rank, cp_size=plan.cp_size),
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
         # Without its own generator, each start of the loader would draw from the global one and move dropout.
@@ -94,6 +100,7 @@ def step_batches(
         yield [next(microbatches) for _ in range(plan.num_microbatches)]
 
 
-def stack_samples(samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Stack samples into a micro-batch: each entry [S] becomes [B, S]."""
-    return {key: torch.stack([torch.as_tensor(sample[key]) for sample in samples]) for key in MICROBATCH_KEYS}
+def stack_samples(samples: Sequence[dict[str, Any]], *, cp_rank: int = 0, cp_size: int = 1) -> dict[str, torch.Tensor]:
+    """Stack samples into a micro-batch: each entry [S] becomes [B, S]; of a context-parallel rank, [B, S / cp_size]."""
+    whole = {key: torch.stack([torch.as_tensor(sample[key]) for sample in samples]) for key in MICROBATCH_KEYS}
+    return {key: tokens_of_rank(each, dim=1, rank=cp_rank, size=cp_size) for key, each in whole.items()}

@@ -26,7 +26,7 @@ def run_identity(recipe: Recipe, source: ModelSource) -> dict[str, Any]:
     schedule = values["schedule"]
     return {
         "model": {
-            **{name: value for name, value in values["model"].items() if name not in ("source", "backend")},
+            **{name: value for name, value in values["model"].items() if name not in _NOT_MODEL},
             "config": source.config.to_hf(),
         },
         "tokenizer": source.tokenizer.fingerprint(),
@@ -41,6 +41,8 @@ def run_identity(recipe: Recipe, source: ModelSource) -> dict[str, Any]:
     }
 
 
+# Of those that are missing here, the configuration says what they have done to the model.
+_NOT_MODEL = ("source", "backend", "dca_chunk_size", "dca_local_size", "dca_cap", "dca_original_length")
 _NOT_IDENTITY = ("distributed", "max_bad_steps")
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 
 from megatron_qwen.errors import ConfigError
-from megatron_qwen.training.recipe import Recipe, RecipeGroup
+from megatron_qwen.training.recipe import Recipe
+from megatron_qwen.training.recipe_group import RecipeGroup
 
 
 def recipe_to_dict(recipe: RecipeGroup) -> dict[str, Any]:

@@ -121,6 +121,7 @@ def transformer_overrides(recipe: Recipe, config: QwenConfig) -> dict[str, Any]:
         # next stage then receives whatever took its place.
         "deallocate_pipeline_outputs": recipe.parallel.pp > 1 and communication_backend() != "gloo",
         "gradient_accumulation_fusion": fuses_gradient_accumulation(performance),
+        "cp_comm_type": performance.cp_comm_type,
         **_recompute_fields(performance),
     }
     dropouts = {"attention_dropout": recipe.model.attention_dropout, "hidden_dropout": recipe.model.hidden_dropout}

@@ -67,16 +67,34 @@ def check_recipe(recipe: Recipe, config: QwenConfig, world_size: int) -> None:
         global_batch_size=recipe.schedule.global_batch_size,
         overlap_p2p=overlaps_p2p(recipe),
     )
-    if recipe.parallel.cp > 1:
-        raise ConfigError(
-            f"parallel.cp: got {recipe.parallel.cp}; `train pretrain` splits sequences over tp only, expected 1"
-        )
-    if recipe.model.seq_length > config.max_position_embeddings:
-        raise ConfigError(
-            f"model.seq_length: got {recipe.model.seq_length}, but the model has max_position_embeddings "
-            f"{config.max_position_embeddings}; expected at most that"
-        )
+    _check_attention(recipe, config)
     check_performance(recipe, config)
+
+
+def _check_attention(recipe: Recipe, config: QwenConfig) -> None:
+    """Refuse lengths and switches that the attention of this run does not have."""
+    from megatron_qwen.model.dual_chunk import DualChunk
+    from megatron_qwen.model.transformer_config import transformer_engine_by_default
+
+    length, dual = recipe.model.seq_length, DualChunk.of(config)
+    if length > config.max_position_embeddings and dual is None:
+        raise ConfigError(
+            f"model.seq_length: got {length}, but the model has max_position_embeddings "
+            f"{config.max_position_embeddings}; expected at most that, or Dual Chunk Attention (model.dca_chunk_size)"
+        )
+    is_chunked = dual is not None and dual.is_active(length)
+    backend = recipe.model.backend
+    is_local = backend == "local" or (backend == "auto" and not transformer_engine_by_default())
+    if is_chunked and not is_local:
+        raise ConfigError(
+            f"model.backend: got {backend!r}; Transformer Engine has no Dual Chunk Attention, which this model uses "
+            f"for {length} tokens; expected 'local', or model.dca_chunk_size=0 for plain attention"
+        )
+    dropout = recipe.model.attention_dropout
+    dropout = config.attention_dropout if dropout is None else dropout
+    if dropout and (is_chunked or (is_local and recipe.parallel.cp > 1)):
+        what = "Dual Chunk Attention" if is_chunked else "parallel.cp > 1"
+        raise ConfigError(f"model.attention_dropout: got {dropout}; expected 0 with {what}")
 
 
 def world_size_of_environment() -> int:
@@ -121,6 +139,8 @@ def build_rank(recipe: Recipe, source: ModelSource, layout: ParallelLayout, *, l
         micro_batch_size=recipe.schedule.micro_batch_size,
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=parallel_state.get_context_parallel_world_size(),
     )
     step = TrainStep(
         source.config,

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from megatron_qwen.errors import ConfigError
-from megatron_qwen.parallel.layout import ParallelLayout
+from megatron_qwen.model.config import CAPS
+from megatron_qwen.parallel.layout import CP_COMM_TYPES, ParallelLayout
+from megatron_qwen.training.recipe_group import RecipeGroup
 
 DTYPES = ("bf16", "fp32")
 BACKENDS = ("auto", "te", "local")
@@ -21,29 +23,6 @@ WSD_DECAY_STYLES = ("linear", "cosine", "exponential", "minus_sqrt")
 RECOMPUTE_MODES = ("none", "selective", "full")
 RECOMPUTE_METHODS = ("uniform", "block")
 OPTIMIZER_FORMATS = ("fully_reshardable", "dp_reshardable")
-
-
-class RecipeGroup:
-    """Base of the groups: collects every problem of `problems()` into one ConfigError."""
-
-    def __post_init__(self) -> None:
-        found = list(self.problems())
-        if found:
-            raise ConfigError(f"{type(self).__name__}: " + "; ".join(found))
-
-    def problems(self) -> Iterator[str]:
-        """Yield one line for each field that cannot be used."""
-        yield from ()
-
-    def _at_least(self, minimum: float, *names: str) -> Iterator[str]:
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and not (value >= minimum and math.isfinite(value)):
-                yield f"{name}: got {value}, expected a finite number >= {minimum}"
-
-    def _one_of(self, name: str, choices: tuple[str, ...]) -> Iterator[str]:
-        if getattr(self, name) not in choices:
-            yield f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(choices)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +36,10 @@ class ModelRecipe(RecipeGroup):
         dtype: `bf16` (parameters in bfloat16, master weights and gradients in float32) or `fp32`.
         backend: layer implementation: `te` (Transformer Engine), `local`, or `auto`.
         attention_dropout, hidden_dropout: probabilities; None takes the model's own.
+        dca_chunk_size, dca_local_size: Dual Chunk Attention with these sizes, in tokens; a chunk_size of 0 switches it
+            off, None takes the model's own.
+        dca_cap: largest position of a query: `released` (chunk_size) or `paper` (chunk_size - 1).
+        dca_original_length: tokens from which logits grow with the square of the log-length temperature; 0 for never.
     """
 
     source: str = "tiny"
@@ -65,6 +48,10 @@ class ModelRecipe(RecipeGroup):
     backend: str = "auto"
     attention_dropout: float | None = None
     hidden_dropout: float | None = None
+    dca_chunk_size: int | None = None
+    dca_local_size: int | None = None
+    dca_cap: str = "released"
+    dca_original_length: int = 0
 
     def problems(self) -> Iterator[str]:  # noqa: D102
         yield from self._at_least(1, "seq_length")
@@ -74,6 +61,16 @@ class ModelRecipe(RecipeGroup):
             value = getattr(self, name)
             if value is not None and not 0.0 <= value < 1.0:
                 yield f"{name}: got {value}, expected 0 <= p < 1"
+        yield from self._dual_chunk_problems()
+
+    def _dual_chunk_problems(self) -> Iterator[str]:
+        yield from self._at_least(0, "dca_chunk_size", "dca_local_size", "dca_original_length")
+        yield from self._one_of("dca_cap", CAPS)
+        chunk, local = self.dca_chunk_size, self.dca_local_size
+        if not chunk and (local is not None or self.dca_original_length):
+            yield "dca_local_size, dca_original_length: set without dca_chunk_size; expected all of them or none"
+        elif chunk and not (local is not None and local < chunk):
+            yield f"dca_local_size: got {local}, expected less than dca_chunk_size ({chunk})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,6 +259,7 @@ class PerformanceRecipe(RecipeGroup):
         recompute: `none`, `selective` (of `recompute_modules`) or `full` (whole layers).
         recompute_modules: module names of selective recompute; empty takes Megatron's `core_attn`.
         recompute_method, recompute_num_layers: of full recompute.
+        cp_comm_type: how context-parallel ranks come by the keys: `p2p` (a ring) or `all_gather`.
         overlap_grad_reduce: reduce gradients while backward runs.
         overlap_param_gather: gather the distributed optimizer's parameters while forward runs.
         align_param_gather: start the gathers of all pipeline stages together.
@@ -283,6 +281,7 @@ class PerformanceRecipe(RecipeGroup):
     recompute_modules: tuple[str, ...] = ()
     recompute_method: str = "uniform"
     recompute_num_layers: int = 1
+    cp_comm_type: str = "p2p"
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     align_param_gather: bool = False
@@ -310,6 +309,7 @@ class PerformanceRecipe(RecipeGroup):
     def problems(self) -> Iterator[str]:  # noqa: D102
         yield from self._one_of("recompute", RECOMPUTE_MODES)
         yield from self._one_of("recompute_method", RECOMPUTE_METHODS)
+        yield from self._one_of("cp_comm_type", CP_COMM_TYPES)
         yield from self._at_least(1, "recompute_num_layers", "bucket_size")
         if self.recompute_modules and self.recompute != "selective":
             yield f"recompute_modules: set, but recompute is {self.recompute!r}; expected 'selective'"

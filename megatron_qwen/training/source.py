@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from megatron_qwen.checkpoint.atomic import commit, make_staging
 from megatron_qwen.errors import ConfigError, IncompleteInputError
-from megatron_qwen.model.config import QwenConfig
-from megatron_qwen.training.recipe import Recipe
+from megatron_qwen.model.config import DualChunkAttention, QwenConfig
+from megatron_qwen.training.recipe import ModelRecipe, Recipe
 
 if TYPE_CHECKING:
     from megatron_qwen.data.tokenizer import QwenTokenizer
@@ -125,7 +125,24 @@ def resolve_source(recipe: Recipe, *, allow_pickle: bool = False) -> ModelSource
             f"{tokenizer_path}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model {name!r} has "
             f"{config.vocab_size:,} embedding rows; use the model's own, or `--model tiny`, which takes its size"
         )
+    config = _with_dual_chunk_attention(config, recipe.model)
     return ModelSource(config, folder, hf_folder, tokenizer, tokenizer_path, allow_pickle)
+
+
+def _with_dual_chunk_attention(config: QwenConfig, model: ModelRecipe) -> QwenConfig:
+    """Return the configuration with the recipe's Dual Chunk Attention in place of its own, if it has one."""
+    if model.dca_chunk_size is None:
+        return config
+    block = None
+    if model.dca_chunk_size:
+        assert model.dca_local_size is not None, "the recipe asks for both"
+        block = DualChunkAttention(
+            chunk_size=model.dca_chunk_size,
+            local_size=model.dca_local_size,
+            original_max_position_embeddings=model.dca_original_length,
+            cap=model.dca_cap,
+        )
+    return dataclasses.replace(config, dual_chunk_attention=block)
 
 
 def _existing_folder(name: str) -> Path | None:
@@ -148,8 +165,10 @@ def write_hf_folder(source: ModelSource, run_folder: Path) -> None:
     staging = make_staging(target)
     config = source.config.to_hf()
     if source.hf_folder is not None:
-        # The source's own file keeps entries that mean nothing to us.
-        config = json.loads((source.hf_folder / "config.json").read_text(encoding="utf-8")) | config
+        # The source's own file keeps entries that mean nothing to us, but no attention that was switched off.
+        own = json.loads((source.hf_folder / "config.json").read_text(encoding="utf-8"))
+        own.pop("dual_chunk_attention_config", None)
+        config = own | config
     (staging / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if source.tokenizer_path.is_dir():
         for name in _TOKENIZER_FILES:
