@@ -16,7 +16,7 @@ import typer
 
 from megatron_qwen.errors import INTERRUPTED_EXIT_CODE, QwenError
 
-VERB_MODULES = ("info", "data", "convert", "train", "generate", "bench", "quickstart")
+VERB_MODULES = ("info", "data", "convert", "train", "generate", "eval", "bench", "quickstart")
 
 
 def build_app() -> typer.Typer:

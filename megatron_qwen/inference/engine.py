@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -134,6 +135,12 @@ class Engine:
         tokenizer = QwenTokenizer.load(path if (path / "config.json").is_file() else path / "hf")
         model = load_model(path, dtype=dtype, layout=layout, backend="local", allow_pickle=allow_pickle)
         return cls(model, tokenizer, context=context, vocab_size=config.vocab_size, **options)
+
+    def attending(self, context: LongContext) -> Engine:
+        """Return an engine of the same model that attends in another way."""
+        other = copy.copy(self)
+        other.context = context
+        return other
 
     def generate(
         self,
