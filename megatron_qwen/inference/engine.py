@@ -64,7 +64,7 @@ class Engine:
         Args:
             model_chunks: this rank's GPTModel, or its list of virtual stages; of any backend.
             tokenizer: of the model.
-            context: plain attention up to the model's positions if None.
+            context: the one the model was built with if None.
             vocab_size: rows of the vocabulary that may be chosen, where the model's is padded; None takes all.
             prefill_chunk_size: prompt tokens of one forward call at most: the bound of activation memory.
             cache_tokens: tokens of the key-value cache; prompts that do not fit wait for others. None makes room for
@@ -77,7 +77,7 @@ class Engine:
         chunks = model_chunks if isinstance(model_chunks, Sequence) else [model_chunks]
         self._chunks = [_unwrap(chunk) for chunk in chunks]
         self.tokenizer = tokenizer
-        self.context = context or LongContext(positions=self._chunks[0].max_sequence_length)
+        self.context = context or LongContext.of_built(self._chunks[0])
         self._vocab_size: int = vocab_size or self._chunks[0].vocab_size
         self._prefill_chunk_size, self._cache_tokens = prefill_chunk_size, cache_tokens
         for name, value in (("prefill_chunk_size", prefill_chunk_size), ("cache_tokens", cache_tokens)):

@@ -62,7 +62,8 @@ class PagedForward:
         """
         self._chunks, self._cache = chunks, cache
         self._context = context.within(max_tokens)
-        self._tables = model_tables(chunks[0], self._context.table_rows(max_tokens))
+        has_chunks = self._context.chunks is not None
+        self._tables = model_tables(chunks[0], self._context.table_rows(max_tokens), exact=has_chunks)
         self._step: _Step | None = None
 
     @contextlib.contextmanager

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_qwen import ops
 from megatron_qwen.errors import ConfigError
+from megatron_qwen.model.dual_chunk import chunk_layout, dual_chunk_of
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +34,14 @@ class LongContext:
     positions: int | None
     chunks: ops.ChunkLayout | None = None
     original_length: int = 0
+
+    @classmethod
+    def of_built(cls, model: Any) -> LongContext:
+        """Return what a built GPTModel was configured with."""
+        dual = dual_chunk_of(model.config)
+        if dual is None:
+            return cls(positions=model.max_sequence_length)
+        return cls(positions=None, chunks=dual.chunks, original_length=dual.original_length)
 
     @classmethod
     def of_model(
@@ -58,7 +67,7 @@ class LongContext:
         original_length = trained if own is None else own.original_max_position_embeddings
         if chunk_size is None:
             assert own is not None
-            chunks = ops.ChunkLayout.released(own.chunk_size, own.local_size)
+            chunks = chunk_layout(own)
         else:
             window = max(chunk_size // 16, 1) if local_size is None else local_size
             chunks = ops.ChunkLayout.released(chunk_size, window)

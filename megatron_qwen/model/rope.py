@@ -58,23 +58,37 @@ def rotation_of(
     return Rotation(cos=cos[rows], sin=sin[rows], positions=own_row)
 
 
-def model_tables(model: Any, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cos and sin of positions 0 to length - 1 of a GPTModel, fp32 [length, R / 2], YaRN's factor in them."""
-    angles = model.rotary_pos_emb(length)  # YaRN's module returns (angles, factor)
-    cos, sin = _tables(angles[0] if isinstance(angles, tuple) else angles, model.config)
+def model_tables(model: Any, length: int, *, exact: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cos and sin of positions 0 to length - 1 of a GPTModel, fp32 [length, R / 2], YaRN's factor in them.
+
+    Args:
+        model: gives frequencies and factor.
+        length: positions.
+        exact: compute angles in fp64, as Dual Chunk Attention does in training; else Megatron's own, of fp32.
+    """
+    angles = model.rotary_pos_emb(2 if exact else length)
+    angles = angles[0] if isinstance(angles, tuple) else angles  # YaRN's module returns (angles, factor)
+    if exact:
+        frequencies = angles[1].flatten()[: angles.shape[-1] // 2].float()  # the angles at position 1
+        return ops.rope_tables(frequencies, length, mscale=_yarn_factor(model.config))
+    cos, sin = _tables(angles, model.config)
     return cos, sin
 
 
 def _tables(angles: torch.Tensor, config: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Return cos and sin times YaRN's factor, one row per position (and per row of the batch where they differ)."""
+    mscale = _yarn_factor(config)
+    with torch.inference_mode(False):  # so that tables made while generating text serve a training step, too
+        half = angles[..., : angles.shape[-1] // 2].flatten(0, -2).float()
+        return half.cos() * mscale, half.sin() * mscale
+
+
+def _yarn_factor(config: Any) -> float:
     from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
         _yarn_get_concentration_factor_from_config,
     )
 
-    mscale = _yarn_get_concentration_factor_from_config(config)
-    with torch.inference_mode(False):  # so that tables made while generating text serve a training step, too
-        half = angles[..., : angles.shape[-1] // 2].flatten(0, -2).float()
-        return half.cos() * mscale, half.sin() * mscale
+    return float(_yarn_get_concentration_factor_from_config(config))
 
 
 def _packed_positions(bounds: torch.Tensor) -> torch.Tensor:
