@@ -17,9 +17,18 @@ STEPS = 20
 SP = "parallel.tp=2 parallel.sequence_parallel=true"
 ALLGATHER = "performance.moe_token_dispatcher=allgather"
 OVERLAP = "performance.moe_shared_expert_overlap=true"
+# Parameters arrive while layers are computed: in buckets so small that each layer has several.
+GATHER = "performance.overlap_grad_reduce=true performance.overlap_param_gather=true performance.bucket_size=10000"
 # ranks -> changes of a recipe; the all-to-all dispatcher where no other is named.
 LAYOUTS = {
-    2: ["", ALLGATHER, "parallel.ep=2", f"parallel.ep=2 {ALLGATHER}", f"parallel.ep=2 {OVERLAP}", f"{SP} parallel.etp=1"],
+    2: [
+        "",
+        f"{ALLGATHER} {GATHER}",
+        "parallel.ep=2",
+        f"parallel.ep=2 {ALLGATHER}",
+        f"parallel.ep=2 {OVERLAP} {GATHER}",
+        f"{SP} parallel.etp=1",
+    ],
     4: [f"{SP} parallel.ep=2", f"{SP} parallel.ep=2 {ALLGATHER}", "parallel.ep=4", f"parallel.ep=4 {ALLGATHER}"],
 }
 
