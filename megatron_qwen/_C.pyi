@@ -118,3 +118,83 @@ def rope(
     dtype: str,
     stream: int = 0,
 ) -> None: ...
+
+# Addresses of offsets and tokens; experts, routed rows, shared tokens, rows of x; sizes H, F and Fs.
+_Groups = tuple[int, int, int, int, int, int, int, int, int]
+
+most_groups: int
+
+def grouped_up(
+    *, groups: _Groups, x: int, fc1: list[int], packed: int, hidden: int, dtype: str, stream: int = 0
+) -> None: ...
+def grouped_down(
+    *,
+    groups: _Groups,
+    a: int,
+    matrices: list[int],
+    row_weights: int,
+    out: int,
+    factor: int,
+    transposed: bool,
+    dtype: str,
+    stream: int = 0,
+) -> None: ...
+def grouped_activation_backward(
+    *,
+    groups: _Groups,
+    grad: int,
+    fc2: list[int],
+    row_weights: int,
+    slots: int,
+    packed: int,
+    grad_packed: int,
+    hidden: int,
+    partial: int,
+    dtype: str,
+    stream: int = 0,
+) -> None: ...
+def grouped_weight_gradient(
+    *,
+    groups: _Groups,
+    flat: int,
+    x: int,
+    out: list[int],
+    factor: int,
+    transposed: bool,
+    adds: bool,
+    out_dtype: str,
+    dtype: str,
+    stream: int = 0,
+) -> None: ...
+def activation_backward_columns(*, width: int) -> int: ...
+def moe_row_map(
+    *,
+    source: int,
+    weights: int,
+    gates: int,
+    tokens: int,
+    row_weights: int,
+    routed: int,
+    shared_tokens: int,
+    topk: int,
+    stream: int = 0,
+) -> None: ...
+def moe_combine(
+    *,
+    rows: int,
+    positions: int,
+    shared: int,
+    scale: int,
+    vector: int,
+    out: int,
+    tokens: int,
+    size: int,
+    topk: int,
+    dtype: str,
+    stream: int = 0,
+) -> None: ...
+def moe_gate(*, x: int, vector: int, out: int, tokens: int, size: int, dtype: str, stream: int = 0) -> None: ...
+def moe_gate_gradient_programs(*, tokens: int, size: int) -> int: ...
+def moe_gate_gradient(
+    *, scale: int, x: int, partial: int, tokens: int, size: int, programs: int, dtype: str, stream: int = 0
+) -> None: ...

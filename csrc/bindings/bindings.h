@@ -16,6 +16,8 @@ T* at(std::uintptr_t address) {
 void register_build_info(pybind11::module_& module);
 void register_column_sum(pybind11::module_& module);
 void register_copy_bandwidth(pybind11::module_& module);
+void register_grouped_mlp(pybind11::module_& module);
+void register_moe_rows(pybind11::module_& module);
 void register_qkv_rope(pybind11::module_& module);
 void register_rms_norm(pybind11::module_& module);
 void register_swiglu(pybind11::module_& module);

@@ -6,6 +6,8 @@ PYBIND11_MODULE(_C, module) {
   megatron_qwen::register_build_info(module);
   megatron_qwen::register_column_sum(module);
   megatron_qwen::register_copy_bandwidth(module);
+  megatron_qwen::register_grouped_mlp(module);
+  megatron_qwen::register_moe_rows(module);
   megatron_qwen::register_qkv_rope(module);
   megatron_qwen::register_rms_norm(module);
   megatron_qwen::register_swiglu(module);

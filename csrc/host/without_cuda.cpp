@@ -4,6 +4,8 @@
 
 #include "megatron_qwen/column_sum.h"
 #include "megatron_qwen/copy_bandwidth.h"
+#include "megatron_qwen/grouped_mlp.h"
+#include "megatron_qwen/moe_rows.h"
 #include "megatron_qwen/qkv_rope.h"
 #include "megatron_qwen/rms_norm.h"
 #include "megatron_qwen/swiglu.h"
@@ -34,6 +36,18 @@ std::int64_t rms_norm_backward_programs(std::int64_t, std::int64_t, DType, bool)
 }
 void swiglu_forward(const SwiGLUForwardParams& params) { refuse("swiglu_forward", params); }
 void swiglu_backward(const SwiGLUBackwardParams& params) { refuse("swiglu_backward", params); }
+void grouped_up(const GroupedUpParams& params) { refuse("grouped_up", params); }
+void grouped_down(const GroupedDownParams& params) { refuse("grouped_down", params); }
+void grouped_activation_backward(const GroupedActivationBackwardParams& params) {
+  refuse("grouped_activation_backward", params);
+}
+void grouped_weight_gradient(const GroupedWeightGradientParams& params) { refuse("grouped_weight_gradient", params); }
+std::int64_t activation_backward_columns(std::int64_t) { refuse("activation_backward_columns"); }
+void moe_row_map(const MoeRowMapParams& params) { refuse("moe_row_map", params); }
+void moe_combine(const MoeCombineParams& params) { refuse("moe_combine", params); }
+void moe_gate(const MoeGateParams& params) { refuse("moe_gate", params); }
+void moe_gate_gradient(const MoeGateGradientParams& params) { refuse("moe_gate_gradient", params); }
+std::int64_t moe_gate_gradient_programs(std::int64_t, std::int64_t) { refuse("moe_gate_gradient_programs"); }
 void qkv_rope_forward(const QkvRopeForwardParams& params) { refuse("qkv_rope_forward", params); }
 void qkv_rope_backward(const QkvRopeBackwardParams& params) { refuse("qkv_rope_backward", params); }
 void rope(const RopeParams& params) { refuse("rope", params); }

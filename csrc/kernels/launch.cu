@@ -30,4 +30,13 @@ int num_multiprocessors(const char* op) {
   return count;
 }
 
+int compute_capability_major(const char* op) {
+  int device = 0;
+  int major = 0;
+  check_cuda(op, "no current device", cudaGetDevice(&device));
+  check_cuda(op, "cannot read the compute capability",
+             cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  return major;
+}
+
 }  // namespace megatron_qwen

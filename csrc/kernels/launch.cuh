@@ -10,6 +10,9 @@
 
 namespace megatron_qwen {
 
+// A kernel has to be allowed more.
+constexpr int kSharedBytesUnasked = 48 * 1024;
+
 // Throws std::runtime_error "op: what: cudaErrorName: description" unless the call succeeded.
 void check_cuda(const char* op, const char* what, cudaError_t status);
 
@@ -19,6 +22,8 @@ void require_on_device(const char* op, const char* name, const void* pointer);
 
 // Of the current device.
 int num_multiprocessors(const char* op);
+// 9 of sm_90.
+int compute_capability_major(const char* op);
 
 // Thread blocks of `kernel` that the current device holds at once.
 template <typename Kernel>
@@ -29,15 +34,27 @@ std::int64_t resident_blocks(const char* op, Kernel* kernel, int threads) {
   return std::int64_t{num_multiprocessors(op)} * per_multiprocessor;
 }
 
-// Enqueues `kernel` on `stream` (a cudaStream_t). `blocks` is at most kMaxBlocks; the caller's check() saw to that.
+// Enqueues `kernel` on `stream` (a cudaStream_t), with dynamic shared memory. `blocks` is at most kMaxBlocks; the
+// caller's check() saw to that.
 template <typename... Parameters, typename... Arguments>
-void launch(const char* op, void (*kernel)(Parameters...), std::int64_t blocks, int threads, void* stream,
-            const Arguments&... arguments) {
+void launch_with_shared(const char* op, void (*kernel)(Parameters...), std::int64_t blocks, int threads,
+                        int shared_bytes, void* stream, const Arguments&... arguments) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned int>(blocks));
   config.blockDim = dim3(static_cast<unsigned int>(threads));
+  config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
+  if (shared_bytes > kSharedBytesUnasked) {
+    check_cuda(op, "cannot have so much shared memory",
+               cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  }
   check_cuda(op, "launch failed", cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(const char* op, void (*kernel)(Parameters...), std::int64_t blocks, int threads, void* stream,
+            const Arguments&... arguments) {
+  launch_with_shared(op, kernel, blocks, threads, 0, stream, arguments...);
 }
 
 }  // namespace megatron_qwen

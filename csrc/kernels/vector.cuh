@@ -58,6 +58,13 @@ template <typename T>
 __device__ __forceinline__ void plain_store(T* pointer, T value) {
   *pointer = value;
 }
+
+// The same in one instruction, whatever the compiler thinks of its registers.
+__device__ __forceinline__ void whole_store(uint4* pointer, uint4 value) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(pointer)), "r"(value.x),
+               "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
+}
 #endif
 
 template <typename T, int N>
@@ -65,6 +72,14 @@ __device__ __forceinline__ void store(T* pointer, const Vector<T, N>& vector) {
   auto* destination = reinterpret_cast<typename Vector<T, N>::Access*>(pointer);
 #pragma unroll
   for (int i = 0; i < Vector<T, N>::kAccesses; ++i) plain_store(destination + i, vector.access[i]);
+}
+
+// For kernels so short of neighbouring registers that the compiler would store a vector word by word.
+template <typename T, int N>
+__device__ __forceinline__ void store_whole(T* pointer, const Vector<T, N>& vector) {
+  auto* destination = reinterpret_cast<uint4*>(pointer);
+#pragma unroll
+  for (int i = 0; i < Vector<T, N>::kAccesses; ++i) whole_store(destination + i, vector.access[i]);
 }
 
 __device__ __forceinline__ float2 to_floats(__nv_bfloat162 pair) { return __bfloat1622float2(pair); }

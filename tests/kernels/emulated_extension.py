@@ -78,7 +78,9 @@ class Emulation:
         self._library.emulation_set_multiprocessors(count)
 
     def _forgetting(self, function: Any) -> Any:
-        """Wrap a function so that, once it returns, no memory is allowed any more."""
+        """Wrap a function so that, once it returns, no memory is allowed any more; numbers stay as they are."""
+        if not callable(function):
+            return function
 
         def call(*args: Any, **kwargs: Any) -> Any:
             self.calls.append(function.__name__)

@@ -16,6 +16,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 // Blocks run one after the other, so one copy serves them all. It holds what the block before left there.
 #define __shared__ static
 
@@ -37,7 +38,10 @@ struct dim3 : emulation::Index {
 
 enum cudaError_t { cudaSuccess };
 enum cudaMemoryType { cudaMemoryTypeDevice, cudaMemoryTypeManaged };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess };
+constexpr unsigned long long cudaEnableDefault = 0;
 using cudaStream_t = void*;
 struct cudaPointerAttributes {
   cudaMemoryType type;
@@ -51,13 +55,20 @@ struct cudaLaunchConfig_t {
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* pointer);
+cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned int version,
+                                             unsigned long long flags, cudaDriverEntryPointQueryResult* result);
 const char* cudaGetErrorName(cudaError_t error);
 const char* cudaGetErrorString(cudaError_t error);
 
 template <typename... Parameters>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Parameters... parameters) {
-  emulation::run(config->gridDim, config->blockDim, [&] { kernel(parameters...); });
+  emulation::run(config->gridDim, config->blockDim, config->dynamicSmemBytes, [&] { kernel(parameters...); });
+  return cudaSuccess;
+}
+
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
   return cudaSuccess;
 }
 
@@ -85,6 +96,7 @@ void checked_store(T* pointer, T value) {
 #define __ldcs checked_load
 #define __ldcg checked_load
 #define plain_store checked_store
+#define whole_store checked_store
 #define __stcs checked_store
 #define __stcg checked_store
 

@@ -1,5 +1,6 @@
 #include "emulation.h"
 
+#include <cuda.h>
 #include <ucontext.h>
 
 #include <array>
@@ -12,20 +13,23 @@
 #include <vector>
 
 #include "cuda_runtime.h"
+#include "hopper.h"
 
 emulation::Index threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulation {
 namespace {
 
-constexpr std::size_t kStackBytes = 64 * 1024;
+// Parameters of a kernel are up to 32 KiB, and each thread has them on its stack.
+constexpr std::size_t kStackBytes = 128 * 1024;
 
-enum class State { kReady, kAtBlockBarrier, kAtWarpBarrier, kDone };
+enum class State { kReady, kAtBlockBarrier, kAtWarpBarrier, kWaiting, kDone };
 
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack = std::make_unique<char[]>(kStackBytes);
   State state = State::kReady;
+  std::function<bool()> condition;  // of kWaiting
   Index index;
 };
 
@@ -84,7 +88,7 @@ void release(std::size_t begin, std::size_t end) {
 }
 
 // After every thread went as far as it can: lets go those that wait for nobody any more.
-void release_barriers(std::size_t threads) {
+bool release_barriers(std::size_t threads) {
   bool released = false;
   for (std::size_t first = 0; first < threads; first += kWarpSize) {
     const std::size_t end = first + kWarpSize;
@@ -96,7 +100,10 @@ void release_barriers(std::size_t threads) {
     release(0, threads);
     released = true;
   }
-  if (released) return;
+  return released;
+}
+
+[[noreturn]] void report_deadlock(std::size_t threads) {
   std::ostringstream message;
   message << "emulation: block " << blockIdx.x
           << ": some threads wait at a barrier or a shuffle that others do not reach:";
@@ -104,24 +111,31 @@ void release_barriers(std::size_t threads) {
   throw std::runtime_error(message.str());
 }
 
-void run_block(std::size_t threads) {
+bool can_run(Fiber& fiber) {
+  if (fiber.state == State::kWaiting && fiber.condition()) fiber.state = State::kReady;
+  return fiber.state == State::kReady;
+}
+
+void run_block(std::size_t threads, std::size_t shared_bytes) {
+  start_hopper(threads, shared_bytes);
   for (std::size_t i = 0; i < threads; ++i) start(*fibers[i]);
   while (!all_in(0, threads, State::kDone)) {
     bool ran = false;
     for (current = 0; current < threads; ++current) {
-      if (fibers[current]->state != State::kReady) continue;
+      if (!can_run(*fibers[current])) continue;
       threadIdx = fibers[current]->index;
       swapcontext(&scheduler, &fibers[current]->context);
       if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
       ran = true;
     }
-    if (!ran) release_barriers(threads);
+    if (!ran && !release_barriers(threads) && !perform_one_copy()) report_deadlock(threads);
   }
+  finish_hopper();
 }
 
 }  // namespace
 
-void run(Index grid, Index block, const std::function<void()>& thread) {
+void run(Index grid, Index block, std::size_t shared_bytes, const std::function<void()>& thread) {
   const std::size_t threads = std::size_t{block.x} * block.y * block.z;
   if (threads == 0 || threads > 1024) throw std::runtime_error("emulation: a block has 1 to 1024 threads");
   while (fibers.size() < threads) fibers.push_back(std::make_unique<Fiber>());
@@ -135,13 +149,18 @@ void run(Index grid, Index block, const std::function<void()>& thread) {
   blockDim = block;
   for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z) {
     for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y) {
-      for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) run_block(threads);
+      for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) run_block(threads, shared_bytes);
     }
   }
 }
 
 void block_barrier() { wait(State::kAtBlockBarrier); }
 void warp_barrier() { wait(State::kAtWarpBarrier); }
+void wait_until(const std::function<bool()>& condition) {
+  if (condition()) return;
+  fibers[current]->condition = condition;
+  wait(State::kWaiting);
+}
 unsigned int lane() { return static_cast<unsigned int>(current % kWarpSize); }
 
 std::uint64_t shuffle(std::uint64_t value, unsigned int source) {
@@ -183,8 +202,15 @@ cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = emulation::multiprocessors;
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? emulation::multiprocessors : 9;  // the imagined device: sm_90
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned int, unsigned long long,
+                                             cudaDriverEntryPointQueryResult* result) {
+  *function = reinterpret_cast<void*>(&cuTensorMapEncodeTiled);
+  *result = cudaDriverEntryPointSuccess;
   return cudaSuccess;
 }
 

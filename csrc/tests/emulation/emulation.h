@@ -1,5 +1,6 @@
 // Runs kernels on a CPU, for tests: what the fake cuda_runtime.h beside this file stands on.
-// The threads of a block are fibers that switch at barriers and shuffles; blocks run one after the other.
+// The threads of a block are fibers that switch at barriers and shuffles; blocks run one after the other. What sm_90
+// has beyond that is in hopper.h.
 #pragma once
 
 #include <cstddef>
@@ -15,11 +16,13 @@ struct Index {
 };
 
 // Runs `thread` once per thread of every block. Throws std::runtime_error for a bad access, or where some threads of a
-// block (of a warp) wait at a barrier (a shuffle) that the others do not reach.
-void run(Index grid, Index block, const std::function<void()>& thread);
+// block (of a warp) wait at a barrier (a shuffle) that the others do not reach. A block has `shared_bytes` of dynamic
+// shared memory.
+void run(Index grid, Index block, std::size_t shared_bytes, const std::function<void()>& thread);
 
 void block_barrier();
 void warp_barrier();
+void wait_until(const std::function<bool()>& condition);
 
 // The value that the thread `lane` of this warp passed in. Every thread of the warp calls it.
 std::uint64_t shuffle(std::uint64_t value, unsigned int lane);

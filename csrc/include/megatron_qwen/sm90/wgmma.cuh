@@ -1,0 +1,74 @@
+// Multiplication of tiles in shared memory by the four warps of a warpgroup (wgmma); see mbarrier.cuh.
+// Source: PTX ISA 9.0, "wgmma.mma_async"; the descriptors are made in csrc/kernels/operand_tile.cuh.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <type_traits>
+
+#include "megatron_qwen/sm90/mbarrier.cuh"
+
+namespace megatron_qwen::sm90 {
+
+// fp32 numbers per thread of a product [64, 256]. Number 4 j + 2 h + i of a thread is in row 16 warp + 8 h + lane / 4
+// and column 8 j + 2 (lane % 4) + i.
+constexpr int kAccumulators = 128;
+
+// Around what touches accumulators or shared memory: before the first multiplication, and its end.
+__device__ __forceinline__ void begin_multiplications() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void commit_multiplications() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+template <int kPending>
+__device__ __forceinline__ void wait_for_multiplications() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Keeps the compiler from moving accumulators across this point.
+__device__ __forceinline__ void pin(float (&d)[kAccumulators]) {
+#pragma unroll
+  for (int i = 0; i < kAccumulators; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+#define MEGATRON_QWEN_ACCUMULATORS_8(i)                                                                       \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
+      "+f"(d[i + 7])
+#define MEGATRON_QWEN_ACCUMULATORS_32(i)                                                                      \
+  MEGATRON_QWEN_ACCUMULATORS_8(i), MEGATRON_QWEN_ACCUMULATORS_8(i + 8), MEGATRON_QWEN_ACCUMULATORS_8(i + 16), \
+      MEGATRON_QWEN_ACCUMULATORS_8(i + 24)
+#define MEGATRON_QWEN_WGMMA(dtype)                                                                              \
+  asm volatile(                                                                                                 \
+      "{\n.reg .pred adds;\nsetp.ne.b32 adds, %130, 0;\n"                                                       \
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32." dtype "." dtype                                            \
+      " "                                                                                                       \
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                 \
+      " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                       \
+      " %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                       \
+      " %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "                       \
+      " %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "                       \
+      " %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "                       \
+      " %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "           \
+      " %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "      \
+      "%128, %129, adds, 1, 1, %131, %132;\n}\n"                                                                \
+      : MEGATRON_QWEN_ACCUMULATORS_32(0), MEGATRON_QWEN_ACCUMULATORS_32(32), MEGATRON_QWEN_ACCUMULATORS_32(64), \
+        MEGATRON_QWEN_ACCUMULATORS_32(96)                                                                       \
+      : "l"(a), "l"(b), "r"(adds ? 1 : 0), "n"(kTransposedA ? 1 : 0), "n"(kTransposedB ? 1 : 0))
+
+// d = a b, or d += a b if `adds`, of a [64, 16] and b [16, 256]. A transposed operand's neighbours in memory are
+// neighbours along its 64 or 256, else along the 16.
+template <typename T, bool kTransposedA, bool kTransposedB>
+__device__ __forceinline__ void multiply(float (&d)[kAccumulators], std::uint64_t a, std::uint64_t b, bool adds) {
+  if constexpr (std::is_same_v<T, __half>) {
+    MEGATRON_QWEN_WGMMA("f16");
+  } else {
+    static_assert(std::is_same_v<T, __nv_bfloat16>);
+    MEGATRON_QWEN_WGMMA("bf16");
+  }
+}
+
+#undef MEGATRON_QWEN_WGMMA
+#undef MEGATRON_QWEN_ACCUMULATORS_32
+#undef MEGATRON_QWEN_ACCUMULATORS_8
+
+}  // namespace megatron_qwen::sm90

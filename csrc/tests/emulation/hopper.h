@@ -1,0 +1,53 @@
+// What emulates instructions of sm_90a: TMA, mbarriers, cp.async, wgmma. All that is asynchronous happens as late as
+// the program allows: copies of TMA once no thread can go on without them, the newest first; cp.async and wgmma when
+// they are waited for. Shared memory is full of NaN when a block starts. Source: PTX ISA 9.0: "Tensor swizzling modes",
+// "Matrix descriptor", "Register fragments" of wgmma, "mbarrier".
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+struct CUtensorMap;
+
+namespace emulation {
+
+constexpr int kAccumulators = 128;
+constexpr std::size_t kWarpgroupSize = 128;
+// What a block of sm_90 may have.
+constexpr std::size_t kMostSharedBytes = 232448;
+// Of a multiprocessor. A block gets as many per thread as all of its threads can have, in steps of 8; setmaxnreg moves
+// them between its warpgroups.
+constexpr std::size_t kRegisters = 65536;
+
+unsigned char* shared_memory();
+// Throws for an address outside of the shared memory that the launch asked for.
+std::uint32_t shared_address(const void* pointer);
+
+void barrier_initialize(std::uint64_t* barrier, std::uint32_t arrivals);
+void barrier_arrive(std::uint64_t* barrier, std::uint32_t expected_bytes);
+void barrier_wait(std::uint64_t* barrier, std::uint32_t parity);
+void change_registers(int count);
+
+void copy_box(void* destination, const CUtensorMap& map, std::uint64_t* barrier, std::int32_t row, std::int32_t column);
+// Zeros without a source.
+void copy_16_bytes(std::uint32_t destination, const void* source);
+void commit_copies();
+void wait_for_copies(std::size_t pending);
+void fence_for_async_proxy();
+
+struct Multiplication {
+  float* d;
+  std::uint64_t a, b;
+  bool transposed_a, transposed_b, adds, is_half;
+};
+void multiply(const Multiplication& multiplication);
+void commit_multiplications();
+void wait_for_multiplications(std::size_t pending);
+
+// For the scheduler. Of the block that starts; of the thread `thread` or of the block that ends, where nothing may be
+// left; and one outstanding copy of TMA: false if there is none.
+void start_hopper(std::size_t threads, std::size_t shared_bytes);
+void finish_hopper();
+bool perform_one_copy();
+
+}  // namespace emulation
