@@ -278,5 +278,7 @@ def dual_chunk_attention_backward(
     )
     check_backward(grad, q, output, lse)
     operation = torch.ops.megatron_qwen.dual_chunk_attention_backward.default
-    run = _backward if q.is_cpu and not torch.compiler.is_compiling() else operation
+    # Inside a backward pass, where nothing is recorded, a CPU saves the way through torch's dispatcher.
+    is_direct = q.is_cpu and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+    run = _backward if is_direct else operation
     return run(grad, q, k, v, output, lse, *_as_arguments(request))

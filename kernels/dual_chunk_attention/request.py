@@ -60,6 +60,8 @@ class Sequences:
 
 def sequences(request: AttentionRequest, q_BSHD: torch.Tensor, k_BSHD: torch.Tensor) -> Iterator[Sequences]:
     """Yield the sequences of a call that have queries and keys; a packed one is [1, T, H, D]. Reads cu_seqlens."""
+    if not q_BSHD.numel() or not k_BSHD.numel():
+        return
     if request.cu_seqlens is None:
         bounds = [(0, q_BSHD.shape[1], 0, k_BSHD.shape[1])]
     else:

@@ -5,9 +5,17 @@ Shapes: S, K tokens of q and k, H, G heads of queries and keys, D head size, M p
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import op_checks
 import torch
 
 from megatron_qwen import ops
+from megatron_qwen.kernels.dual_chunk_attention import reference
+from megatron_qwen.kernels.dual_chunk_attention.arguments import checked_request
+from megatron_qwen.testing.compare import compare, fp64_bound, largest_finite
 
 
 def tables(length: int, dtype: torch.dtype, rotated: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,3 +78,117 @@ def rotated(heads_MHD: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor],
     half = cos.shape[-1]
     first, second, rest = heads_MHD.to(dtype).split([half, half, heads_MHD.shape[-1] - 2 * half], -1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos, rest], -1).to(heads_MHD.dtype)
+
+
+RELEASED = ops.ChunkLayout.released(8, 3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A call of the operation on random numbers.
+
+    Attributes:
+        lengths: tokens of the sequences; packed where there are several or `is_packed`.
+        heads: of queries and of keys.
+        size: of a head.
+        chunks: None for plain attention.
+        with_temperature: gives every row its own logit_scale.
+        keys_rotated: keys are taken as rotated.
+        new_rows: queries at the end of each sequence; all by default.
+        batch: sequences of the batch form.
+    """
+
+    lengths: tuple[int, ...]
+    heads: tuple[int, int] = (4, 2)
+    size: int = 8
+    chunks: ops.ChunkLayout | None = RELEASED
+    with_temperature: bool = False
+    keys_rotated: bool = False
+    new_rows: tuple[int, ...] | None = None
+    batch: int = 0
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Queries of each sequence."""
+        return self.lengths if self.new_rows is None else self.new_rows
+
+    def inputs(self, dtype: torch.dtype) -> list[torch.Tensor]:
+        """q, k, v and a gradient of the output."""
+        rows, columns = sum(self.rows), sum(self.lengths)
+        lead = (self.batch,) if self.batch else ()
+        shapes = [(rows, self.heads[0]), (columns, self.heads[1]), (columns, self.heads[1]), (rows, self.heads[0])]
+        return [
+            op_checks.random((*lead, *shape, self.size), dtype, seed=seed, scale=1.5 if seed < 2 else 1.0)
+            for seed, shape in enumerate(shapes)
+        ]
+
+    def options(self, dtype: torch.dtype) -> dict[str, Any]:
+        """Keyword arguments of the operation."""
+        rows, longest = sum(self.rows), max(self.lengths, default=0)
+        last = longest - 1 if self.chunks is None else self.chunks.inter_position
+        wide = torch.promote_types(dtype, torch.float32)
+        factors = 1.0 + 0.4 * torch.rand(rows, generator=torch.Generator().manual_seed(9))
+        options = {
+            "chunks": self.chunks,
+            "tables": tables(max(last, 0) + 1, dtype, self.size // 2 * 2),
+            "keys_rotated": self.keys_rotated,
+            "logit_scale": factors.to(wide) if self.with_temperature else None,
+        }
+        if self.batch:
+            return options
+        bounds = {"cu_seqlens_q": self.rows, "cu_seqlens_k": self.lengths}
+        cumulated = {name: torch.tensor([0, *itertools.accumulate(each)]) for name, each in bounds.items()}
+        return {**options, **cumulated}
+
+
+def definition(example: Example, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Output and lse by kernels/dual_chunk_attention/reference.py, in the dtype of q."""
+    options = {**ABSENT, **example.options(q.dtype)}
+    output, lse = reference.forward(q, k, v, checked_request(q, k, v, **options))
+    # No sequence with tokens, no graph: what autograd needs to find gradients of 0.
+    return output + 0.0 * (q.sum() + k.sum() + v.sum()), lse
+
+
+ABSENT: dict[str, Any] = {
+    "cu_seqlens_q": None,
+    "cu_seqlens_k": None,
+    "query_start": None,
+    "key_start": 0,
+    "softmax_scale": None,
+    "deterministic": True,
+}
+
+
+def roundings_allowed(example: Example, dtype: torch.dtype) -> float:
+    """Roundings of the largest result on top of twice plain torch's error.
+
+    Backward takes probabilities from lse and D from the output, so the roundings of logits (here up to 12) come back in
+    every dS; torch's own softmax cancels them. It shows in fp32, where ours was up to 5 times as far off as plain torch
+    (on a CPU torch's kernels also have an exp of 20 bits), and in gradients of few numbers, that plain torch hits by
+    luck: 19 roundings at most in fp32 and 7 of them in 16 bits, over all cases of test_dual_chunk_attention_op.py.
+    """
+    if dtype == torch.float32:
+        return 24.0
+    return 10.0 if max(example.lengths) < 8 else 1.0
+
+
+def check(example: Example, dtype: torch.dtype, backend: str, roundings: float | None = None) -> None:
+    """Output, gradients and lse by the fp64 rule; roundings as `roundings_allowed`, unless given."""
+    roundings = roundings_allowed(example, dtype) if roundings is None else roundings
+    *inputs, grad = example.inputs(dtype)
+    op_checks.check_against_fp64(
+        lambda q, k, v: ops.dual_chunk_attention(q, k, v, **example.options(q.dtype))[0],
+        lambda q, k, v: definition(example, q, k, v)[0],
+        inputs,
+        [grad],
+        backend,
+        roundings=roundings,
+    )
+    with ops.use_backend(backend):
+        lse = ops.dual_chunk_attention(*inputs, **example.options(dtype))[1]
+    plain, exact = (definition(example, *(each.to(wide) for each in inputs))[1] for wide in (dtype, torch.float64))
+    if lse.numel():
+        # The lse is fp32, but of logits of heads that are rounded to dtype.
+        plain_error = compare(plain, exact, 0.0).error
+        result = compare(lse, exact, fp64_bound(plain_error, largest_finite(exact), dtype, roundings=roundings))
+        assert result.ok, f"{backend} lse: {result}"
