@@ -55,8 +55,7 @@ def module_kind(path: str, module: torch.nn.Module) -> str | None:
 @contextlib.contextmanager
 def named_ranges(step: TrainStep) -> Iterator[None]:
     """Put every part of `step` into a profiler range that starts with `breakdown.PREFIX`, inside the block."""
-    from megatron.core.optimizer import clip_grads
-
+    from megatron_qwen.training import optim
     from megatron_qwen.training import step as step_module
 
     config, optimizer = step.chunks[0].config, step.optimizer
@@ -78,7 +77,7 @@ def named_ranges(step: TrainStep) -> Iterator[None]:
         around(optimizer, "zero_grad", "zero gradients")
         around(optimizer, "prepare_grads", "optimizer")
         around(optimizer, "get_grad_norm", "gradient clipping")
-        around(clip_grads, "clip_grad_by_total_norm_fp32", "gradient clipping")
+        around(optim, "divide_gradients", "gradient clipping")
         around(optimizer, "step_with_ready_grads", "optimizer")
         around(step, "_reduce", "report")
         yield

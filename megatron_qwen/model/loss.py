@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel import layers
 
 from megatron_qwen import ops
 from megatron_qwen.errors import ConfigError
+from megatron_qwen.model.embedding import AccumulatingEmbedding
 from megatron_qwen.parallel.device import current_device
 
 if TYPE_CHECKING:
@@ -53,6 +54,9 @@ class QwenGPTModel(GPTModel):  # type: ignore[misc]  # megatron-core is untyped
         super().__init__(config=config, **options)
         self.num_tokens = num_tokens
         self.fuses_linear_cross_entropy = fuses
+        if self.pre_process and config.gradient_accumulation_fusion:
+            is_tied = self.share_embeddings_and_output_weights and self.post_process
+            AccumulatingEmbedding.adopt(self.embedding.word_embeddings, is_tied=is_tied)
 
     def _postprocess(
         self,

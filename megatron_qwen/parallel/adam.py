@@ -30,6 +30,10 @@ class FusedLayoutAdam(torch.optim.Optimizer):
         capturable: step inside a CUDA graph; not supported.
         precision_aware: arguments of Megatron's precision-aware optimizer; not supported.
 
+    Attributes:
+        gradient_divisor: the next step divides every gradient by this first (and in `p.grad` too), in the same pass
+            over memory; then it is 1 again. Not part of the state.
+
     Raises:
         ConfigError: an argument that is not supported.
     """
@@ -56,6 +60,7 @@ class FusedLayoutAdam(torch.optim.Optimizer):
             {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "bias_correction": bias_correction},
         )
         self.adam_w_mode = adam_w_mode
+        self.gradient_divisor = 1.0
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -64,6 +69,7 @@ class FusedLayoutAdam(torch.optim.Optimizer):
         for group in self.param_groups:
             group["step"] = int(group.get("step", 0)) + 1
             self._update(group, [p for p in group["params"] if p.grad is not None])
+        self.gradient_divisor = 1.0
         return loss
 
     def _update(self, group: dict[str, Any], params: list[torch.Tensor]) -> None:
@@ -77,6 +83,7 @@ class FusedLayoutAdam(torch.optim.Optimizer):
         # The kernel divides the moments by 1 - beta^step, which is 1 at an infinite step.
         step = float(group["step"]) if group["bias_correction"] else math.inf
         beta1, beta2 = group["betas"]
+        divisor = self.gradient_divisor
         fused(
             params,
             [p.grad for p in params if p.grad is not None],
@@ -91,4 +98,5 @@ class FusedLayoutAdam(torch.optim.Optimizer):
             eps=group["eps"],
             amsgrad=False,
             maximize=False,
+            grad_scale=None if divisor == 1.0 else torch.tensor(divisor, dtype=torch.float32, device=params[0].device),
         )

@@ -88,12 +88,13 @@ class TrainStep:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         outputs = self._run(microbatches, self.num_microbatches, forward_only=False)
-        grad_norm = measure_grad_norm(self.optimizer)
-        sums = self._reduce(outputs, grad_norm, is_stop_requested)
+        norm_of_sums = measure_grad_norm(self.optimizer)
+        sums = self._reduce(outputs, norm_of_sums, is_stop_requested)
         loss = sums.loss / sums.tokens if sums.tokens else math.nan
+        grad_norm = norm_of_sums / max(sums.tokens, 1.0)
         is_finite = math.isfinite(loss) and not sums.nonfinite_ranks
         if is_finite:
-            apply_update(self.optimizer, grad_norm)
+            apply_update(self.optimizer, grad_norm, num_tokens=sums.tokens)
         return StepResult(
             loss=loss,
             aux_loss=sums.aux if self.config.is_moe else None,
