@@ -72,6 +72,7 @@ def passkey(
     _relaunch(tp * pp)
     from megatron_qwen.data.control_tokens import END_OF_TURN
     from megatron_qwen.evaluation.passkey import ANSWER_TOKENS, make_case, run_passkey
+    from megatron_qwen.parallel import groups
 
     tokenizer, context = _before_loading(model, dca_chunk_size, dca_local_size)
     in_chat = tokenizer.encode(END_OF_TURN) == [tokenizer.eos_id] if chat is None else chat
@@ -87,10 +88,18 @@ def passkey(
         model, layout=(tp, pp), dtype=dtype, allow_pickle=allow_pickle, chunk_size=dca_chunk_size,
         local_size=dca_local_size, prefill_chunk_size=prefill_chunk_size,
     )  # fmt: skip
-    with _progress("passkey", len(cases), quiet=json_output) as advance:
-        answers = run_passkey(engine, cases, on_answer=lambda _: advance())
     settings = {"chat": in_chat, "seed": seed, "trials": trials, **_settings(model, engine.context, dtype, (tp, pp))}
-    _finish(lambda: _show_passkey(answers, settings, out, as_json=json_output))
+    so_far: list[PasskeyAnswer] = []
+    with _progress("passkey", len(cases), quiet=json_output) as advance:
+
+        def take(answer: PasskeyAnswer) -> None:
+            so_far.append(answer)
+            if groups.is_rank_zero():
+                _write("passkey", _passkey_record(so_far, settings), out)  # hours of questions may be cut short
+            advance()
+
+        run_passkey(engine, cases, on_answer=take)
+    _finish(lambda: _show_passkey(so_far, settings, out, as_json=json_output))
 
 
 def perplexity(
@@ -233,6 +242,19 @@ def _finish(show: Callable[[], None]) -> None:
     groups.shutdown()
 
 
+def _passkey_record(answers: Sequence[PasskeyAnswer], settings: dict[str, Any]) -> dict[str, Any]:
+    from megatron_qwen.evaluation.passkey import accuracy_table
+
+    table = accuracy_table(answers)
+    return {
+        **settings,
+        "found": {str(length): {str(depth): share for depth, share in row.items()} for length, row in table.items()},
+        "answers": [_without_prompt(each.case) | {
+            "answer": each.answer, "is_correct": each.is_correct, "seconds": round(each.seconds, 3)
+        } for each in answers],
+    }  # fmt: skip
+
+
 def _show_passkey(
     answers: Sequence[PasskeyAnswer], settings: dict[str, Any], out: Path | None, *, as_json: bool
 ) -> None:
@@ -242,20 +264,13 @@ def _show_passkey(
     from megatron_qwen.evaluation.plots import draw_heat_map
 
     table = accuracy_table(answers)
-    record = {
-        **settings,
-        "found": {str(length): {str(depth): share for depth, share in row.items()} for length, row in table.items()},
-        "answers": [_without_prompt(each.case) | {
-            "answer": each.answer, "is_correct": each.is_correct, "seconds": round(each.seconds, 3)
-        } for each in answers],
-    }  # fmt: skip
     shown = Table()
     shown.add_column("depth", justify="right")
     for length in table:
         shown.add_column(f"{length:,} tokens", justify="right")
     for depth in next(iter(table.values())):
         shown.add_row(f"{depth:g}", *(f"{row[depth]:.0%}" for row in table.values()))
-    _output("passkey", record, f"Keys found: {_describe(settings)}", shown, out, as_json=as_json)
+    _print(_passkey_record(answers, settings), f"Keys found: {_describe(settings)}", shown, as_json=as_json)
     if out is not None:
         draw_heat_map(table, out / "passkey.png", title=_describe(settings))
 
@@ -301,7 +316,8 @@ def _show_perplexity(
             shown.add_row(f"{row[0].start:,} to {row[0].end:,}", *cells, *difference)
         shown.add_section()
     title = f"Loss (nats per token) and perplexity: {_describe(settings)}"
-    _output("perplexity", record, title, shown, out, as_json=as_json)
+    _print(record, title, shown, as_json=as_json)
+    _write("perplexity", record, out)
     if out is not None:
         draw_losses(windows, out / "perplexity.png", title=_describe(settings))
 
@@ -312,18 +328,22 @@ def _describe(settings: dict[str, Any]) -> str:
     return f"{Path(settings['model']).resolve().name}, {settings['dtype']}, {how}"
 
 
-def _output(name: str, record: dict[str, Any], title: str, table: Any, out: Path | None, *, as_json: bool) -> None:
+def _print(record: dict[str, Any], title: str, table: Any, *, as_json: bool) -> None:
     from rich.console import Console
-
-    from megatron_qwen.checkpoint.atomic import atomic_write_text, storage_errors
 
     if as_json:
         typer.echo(json.dumps(record, indent=2, ensure_ascii=False))
-    else:
-        console = Console(highlight=False, markup=False)
-        console.print(title)
-        console.print(table)
-    if out is not None:
-        with storage_errors(f"cannot create {out}"):
-            out.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(out / f"{name}.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        return
+    console = Console(highlight=False, markup=False)
+    console.print(title)
+    console.print(table)
+
+
+def _write(name: str, record: dict[str, Any], out: Path | None) -> None:
+    from megatron_qwen.checkpoint.atomic import atomic_write_text, storage_errors
+
+    if out is None:
+        return
+    with storage_errors(f"cannot create {out}"):
+        out.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(out / f"{name}.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
