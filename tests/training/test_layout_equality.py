@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_qwen.model.config import DualChunkAttention
 from megatron_qwen.recipes.pretrain import pretrain
 from megatron_qwen.testing.ranks import run_ranks
 from megatron_qwen.testing.tiny import tiny_dense, tiny_moe, write_tiny_hf
@@ -21,21 +22,42 @@ Curves = dict[str, list[float]]
 SP = "tp=2 sequence_parallel=true"
 # Beside a layout: the loss without logits, compared with one rank that holds them.
 FUSED = "fuse_linear_cross_entropy=true"
+# Context-parallel ranks go around a ring of keys unless told otherwise.
+GATHER = "cp_comm_type=all_gather"
+SWITCHED = (FUSED, GATHER)
 # ranks -> model -> layouts
 LAYOUTS = {
-    1: {"dense": [""], "tied": [""], "moe": [""]},
+    1: {"dense": [""], "tied": [""], "moe": [""], "dca": [""]},
     2: {
-        "dense": ["tp=2", SP, "pp=2", "pp=2 vpp=2", "pp=2 pp_layout=3,1", "dp=2", f"tp=2 {FUSED}", f"pp=2 {FUSED}"],
+        "dense": [
+            *("tp=2", SP, "pp=2", "pp=2 vpp=2", "pp=2 pp_layout=3,1", "dp=2", "cp=2"),
+            *(f"tp=2 {FUSED}", f"pp=2 {FUSED}", f"cp=2 {FUSED}"),
+        ],
         "tied": ["pp=2", f"pp=2 {FUSED}", f"dp=2 {FUSED}"],
-        "moe": ["ep=2", SP, f"{SP} etp=1 ep=2", "pp=2 vpp=2", "dp=2", f"{SP} {FUSED}", f"pp=2 {FUSED}"],
+        "moe": [
+            *("ep=2", SP, f"{SP} etp=1 ep=2", "pp=2 vpp=2", "dp=2", "cp=2 ep=2"),
+            *(f"{SP} {FUSED}", f"pp=2 {FUSED}"),
+        ],
+        "dca": ["cp=2", f"cp=2 {GATHER}"],
     },
-    4: {"dense": ["tp=2 pp=2"], "moe": [f"{SP} ep=2", f"{SP} ep=2 etp=1"]},
+    4: {
+        "dense": ["tp=2 pp=2", "cp=4"],
+        "moe": [f"{SP} ep=2", f"{SP} ep=2 etp=1", f"{SP} cp=2 ep=2"],
+        "dca": [f"cp=4 {GATHER}"],
+    },
 }
 EXHAUSTIVE = {
     4: {
-        "dense": ["pp=4", "pp=2 vpp=2 tp=2", f"pp=2 {SP}", "pp=2 dp=2", "pp=2 vpp=2 dp=2"],
+        "dense": [
+            *("pp=4", "pp=2 vpp=2 tp=2", f"pp=2 {SP}", "pp=2 dp=2", "pp=2 vpp=2 dp=2"),
+            *(f"cp=4 {GATHER}", f"tp=2 cp=2 {GATHER}", "pp=2 cp=2", "cp=2 dp=2", "cp=2 pp=2 vpp=2", f"{SP} cp=2"),
+        ],
+        "dca": ["cp=4", "cp=2 dp=2", f"cp=2 pp=2 {GATHER}", f"tp=2 cp=2 {GATHER}", f"{SP} cp=2"],
         "tied": ["tp=2 pp=2", "pp=4", "pp=2 vpp=2 dp=2", f"{SP} dp=2"],
-        "moe": ["ep=4", "ep=2 pp=2", "ep=2 pp=2 vpp=2", f"{SP} pp=2", f"{SP} pp=2 ep=2 etp=1", f"{SP} dp=2"],
+        "moe": [
+            *("ep=4", "ep=2 pp=2", "ep=2 pp=2 vpp=2", f"{SP} pp=2", f"{SP} pp=2 ep=2 etp=1", f"{SP} dp=2"),
+            *("cp=4", "cp=2 dp=2 ep=4", "cp=2 pp=2 vpp=2"),
+        ],
     }
 }
 SWITCHES = {
@@ -94,6 +116,11 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "dense": tiny_dense(vocab=320),
         "tied": tiny_dense(vocab=320, tied=True),
         "moe": tiny_moe(vocab=320, router_aux_loss_coef=0.05),
+        # Samples have 16 tokens: four chunks and a bit, of which cp=4 cuts pieces of two.
+        "dca": tiny_dense(
+            vocab=320,
+            dual_chunk_attention=DualChunkAttention(chunk_size=5, local_size=2, original_max_position_embeddings=4),
+        ),
     }
     return {name: str(write_tiny_hf(folder / name, config)) for name, config in configs.items()}
 
@@ -137,7 +164,7 @@ def check(found: dict[str, list[Curves]], names: dict[str, list[str]], expected:
 def layouts_as_changes(layouts: dict[str, list[str]]) -> dict[str, list[list[str]]]:
     return {
         model: [
-            [f"{'performance' if field == FUSED else 'parallel'}.{field}" for field in layout.split()]
+            [f"{'performance' if field in SWITCHED else 'parallel'}.{field}" for field in layout.split()]
             for layout in each
         ]
         for model, each in layouts.items()
