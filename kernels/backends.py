@@ -17,7 +17,7 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -87,13 +87,14 @@ def _known(backend: str, where: str) -> str:
     return backend
 
 
-def backend_for(op: str, tensor: torch.Tensor, unfit: str = "") -> str:
+def backend_for(op: str, tensor: torch.Tensor, unfit: str = "", unfit_for_cuda: Callable[[], str] | None = None) -> str:
     """Return "cuda", "triton" or "reference" for this call of `op`.
 
     Args:
         op: name of a registered operation.
         tensor: the input that decides by its device and dtype.
         unfit: why no kernel can take these inputs (a size beyond its limits); empty if they can.
+        unfit_for_cuda: says the same of the CUDA kernel alone; asked only where that would be taken.
 
     Raises:
         ConfigError: the requested backend cannot run it; the message says why.
@@ -102,7 +103,10 @@ def backend_for(op: str, tensor: torch.Tensor, unfit: str = "") -> str:
     # The common case on a CPU, where a call of a small operation takes microseconds.
     if request == "reference" or (request == "auto" and tensor.device.type != "cuda"):
         return "reference"
-    return _choose(op, request, tensor.device, tensor.dtype, unfit).backend
+    backend = _choose(op, request, tensor.device, tensor.dtype, unfit).backend
+    if backend == "cuda" and unfit_for_cuda is not None and (obstacle := unfit_for_cuda()):
+        return _choose(op, request, tensor.device, tensor.dtype, unfit, obstacle).backend
+    return backend
 
 
 def unfit_dtype(name: str, tensor: torch.Tensor | None) -> str:
@@ -127,8 +131,11 @@ def explain_choice(op: str, device: torch.device, dtype: torch.dtype = torch.bfl
 
 
 @functools.lru_cache(maxsize=512)
-def _choose(op: str, request: str, device: torch.device, dtype: torch.dtype, unfit: str) -> OpChoice:
+def _choose(
+    op: str, request: str, device: torch.device, dtype: torch.dtype, unfit: str, unfit_for_cuda: str = ""
+) -> OpChoice:
     obstacles = {name: _obstacle(op, name, device, dtype) or unfit for name in ("cuda", "triton")}
+    obstacles["cuda"] = obstacles["cuda"] or unfit_for_cuda
     if request == "auto":
         return _choose_freely(op, device, dtype, obstacles)
     if request == "reference":

@@ -94,7 +94,7 @@ __global__ __launch_bounds__(kThreads) void moe_gate_kernel(const MoeGateParams 
 template <typename T>
 __global__ __launch_bounds__(kThreads) void moe_gate_gradient_kernel(const MoeGateGradientParams params) {
   const std::int64_t vectors = params.size / kColumns;
-  const std::int64_t share = ceil_divide(params.tokens, params.programs);
+  const std::int64_t share = (params.tokens + params.programs - 1) / params.programs;
   const std::int64_t step = std::int64_t{gridDim.x} * kThreads;
   std::int64_t at = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
   for (; at < params.programs * vectors; at += step) {

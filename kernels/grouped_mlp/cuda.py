@@ -19,10 +19,6 @@ from ... import _C
 from ..cuda_launch import address, dtype_name, launching_on
 from .inputs import Gradients, Inputs, Sinks
 
-# 16 bytes of a 16-bit dtype: what a thread moves at once, and what TMA wants rows to be a multiple of.
-COLUMN_STEP = 8
-ALIGNMENT = 16
-
 
 @dataclass(frozen=True, kw_only=True)
 class _Problem:
@@ -120,25 +116,6 @@ class _Problem:
             given.width,
             given.shared_width,
         )
-
-
-def unfit(inputs: Inputs) -> str:
-    """Return why these kernels cannot take such inputs; empty if they can."""
-    x, matrices = inputs.x, (*inputs.fc1, *inputs.fc2, *inputs.shared)
-    if x.dtype not in (torch.bfloat16, torch.float16):
-        return f"its CUDA kernel takes bfloat16 and float16, not {x.dtype}"
-    if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] != 9:
-        return "its CUDA kernel needs an sm_90 device (H100, H200)"
-    sizes = {"H": x.shape[1], "F": inputs.width, "Fs": inputs.shared_width}
-    for name, size in sizes.items():
-        if size % COLUMN_STEP:
-            return f"its CUDA kernel takes multiples of {COLUMN_STEP}, not {name} = {size}"
-    groups = len(inputs.fc1) + len(inputs.shared[:1])
-    if groups > _C.most_groups:
-        return f"its CUDA kernel takes {_C.most_groups} experts, a shared one included, not {groups}"
-    if any(each.data_ptr() % ALIGNMENT for each in (x, *matrices)):
-        return f"its CUDA kernel takes tensors that start at multiples of {ALIGNMENT} bytes"
-    return ""
 
 
 def forward(inputs: Inputs, keep: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Sequence
 from types import ModuleType
@@ -14,10 +15,11 @@ from .. import checks
 from ..backends import backend_for, register_operation
 from ..moe_permute import ExpertOrder
 from ..registration import LIBRARY, refuse, register, register_backward
-from .inputs import Gradients, Inputs
+from . import cuda_limits
+from .inputs import Gradients, Inputs, Sinks
 
 OP = "grouped_mlp"
-register_operation(OP, "triton")
+register_operation(OP, "triton", "cuda")
 
 
 class SharedExpert(NamedTuple):
@@ -34,9 +36,10 @@ class SharedExpert(NamedTuple):
     gate: torch.Tensor | None = None
 
 
-def _computing(x: torch.Tensor) -> ModuleType:
+def _computing(inputs: Inputs, grad: torch.Tensor | None = None, sinks: Sinks = ()) -> ModuleType:
     """Return the module with `forward` and `backward` for this call; all take the same arguments."""
-    backend = backend_for(OP, x)
+    unfit_for_cuda = functools.partial(cuda_limits.unfit, inputs, grad, sinks)
+    backend = backend_for(OP, inputs.x, unfit_for_cuda=unfit_for_cuda)
     return importlib.import_module({"triton": ".launch"}.get(backend, f".{backend}"), __package__)
 
 
@@ -53,7 +56,7 @@ def _forward(
     recompute: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     inputs = Inputs(x, weights, offsets, source, positions, fc1, fc2, shared)
-    return _computing(x).forward(inputs, keep=not recompute)  # type: ignore[no-any-return]
+    return _computing(inputs).forward(inputs, keep=not recompute)  # type: ignore[no-any-return]
 
 
 def _backward(
@@ -70,7 +73,8 @@ def _backward(
     common: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
     inputs = Inputs(x, weights, offsets, source, positions, fc1, fc2, shared)
-    return _computing(x).backward(grad.contiguous(), inputs, packed, common)  # type: ignore[no-any-return]
+    grad = grad.contiguous()
+    return _computing(inputs, grad).backward(grad, inputs, packed, common)  # type: ignore[no-any-return]
 
 
 def _forward_fake(*inputs_and_recompute: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -141,7 +145,8 @@ class _Eager(torch.autograd.Function):
         inputs, matrices = _inputs_of(flat, ctx.num_experts), flat[5:]
         sinks = _sinks(matrices, ctx.num_experts, grads[0])
         grad = grads[0].contiguous()
-        grad_x, grad_weights, *grad_matrices = _computing(grad).backward(grad, inputs, packed, common, sinks)
+        module = _computing(inputs, grad, sinks)
+        grad_x, grad_weights, *grad_matrices = module.backward(grad, inputs, packed, common, sinks)
         for matrix, sink in zip(matrices, sinks, strict=True):
             if sink is not None:
                 matrix.grad_added_to_main_grad = True

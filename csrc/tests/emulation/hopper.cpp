@@ -17,6 +17,8 @@ namespace emulation {
 namespace {
 
 constexpr std::uint32_t kSwizzledRow = 128;
+// What moves as a whole. Rows of our matrices are multiples of it, so all of it is inside or outside of one.
+constexpr std::uint32_t kChunk = 16;
 constexpr int kDepth = 16, kRows = 64, kColumns = 256;
 
 [[noreturn]] void fail(const std::string& what) {
@@ -99,7 +101,7 @@ void perform(const BoxCopy& copy) {
   const CUtensorMap& map = copy.map;
   std::uint32_t linear = copy.destination;
   for (std::int64_t row = copy.row; row < copy.row + map.box_rows; ++row, linear += kSwizzledRow) {
-    for (std::uint32_t at = 0; at < kSwizzledRow; at += map.element_bytes) {
+    for (std::uint32_t at = 0; at < kSwizzledRow; at += kChunk) {
       const std::int64_t column = copy.column + at / map.element_bytes;
       unsigned char* destination = arena.bytes + swizzled(linear + at);
       const bool inside = row >= 0 && row < static_cast<std::int64_t>(map.rows) && column >= 0 &&
@@ -107,10 +109,10 @@ void perform(const BoxCopy& copy) {
       if (inside) {
         const std::uintptr_t source =
             map.address + static_cast<std::uint64_t>(row) * map.row_bytes + column * map.element_bytes;
-        check_access("a read by TMA", reinterpret_cast<const void*>(source), map.element_bytes);
-        std::memcpy(destination, reinterpret_cast<const void*>(source), map.element_bytes);
+        check_access("a read by TMA", reinterpret_cast<const void*>(source), kChunk);
+        std::memcpy(destination, reinterpret_cast<const void*>(source), kChunk);
       } else {
-        std::memset(destination, 0, map.element_bytes);
+        std::memset(destination, 0, kChunk);
       }
       unfenced[(destination - arena.bytes) / 16] = false;
     }
@@ -291,7 +293,7 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_
                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
   constexpr cuuint64_t kBytes = 2;
   const auto at = reinterpret_cast<std::uintptr_t>(address);
-  const bool fits = rank == 2 && at % 16 == 0 && sizes[0] >= 1 && sizes[1] >= 1 && sizes[0] <= (1ull << 32) &&
+  const bool fits = rank == 2 && at % 16 == 0 && sizes[0] * kBytes % 16 == 0 && sizes[0] >= 1 && sizes[1] >= 1 && sizes[0] <= (1ull << 32) &&
                     sizes[1] <= (1ull << 32) && strides[0] % 16 == 0 && strides[0] < (1ull << 40) &&
                     strides[0] >= sizes[0] * kBytes && box[0] >= 1 && box[1] >= 1 && box[0] * kBytes == 128 &&
                     box[1] <= 256 && element_strides[0] == 1 && element_strides[1] == 1 &&
