@@ -11,6 +11,7 @@ from megatron_qwen.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron_qwen.inference.engine import Engine
+    from megatron_qwen.inference.long_context import LongContext
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -43,6 +44,14 @@ def check_dtype(dtype: str | None) -> None:
     """Raise ConfigError for a dtype that is not among `DTYPES`."""
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype: got {dtype!r}, expected one of {sorted(DTYPES)}")
+
+
+def describe_chunks(context: LongContext) -> dict[str, int] | None:
+    """Return Dual Chunk Attention's settings for a JSON report, None for plain attention."""
+    if context.chunks is None:
+        return None
+    sizes = {"chunk_size": context.chunks.chunk_size, "local_size": context.chunks.local_size}
+    return {**sizes, "original_length": context.original_length}
 
 
 def load_engine(

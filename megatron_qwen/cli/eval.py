@@ -17,6 +17,7 @@ from megatron_qwen.cli.engine_options import (
     DcaLocalOption,
     PrefillOption,
     check_dtype,
+    describe_chunks,
     load_engine,
 )
 from megatron_qwen.errors import ConfigError, CorruptInputError, IncompleteInputError
@@ -203,18 +204,11 @@ def _before_loading(model: Path, chunk_size: int | None, local_size: int | None)
 
 
 def _settings(model: Path, context: LongContext, dtype: str | None, layout: tuple[int, int]) -> dict[str, Any]:
-    chunks = context.chunks
     return {
         "model": str(model),
         "dtype": dtype or _config(model).torch_dtype,
         "layout": {"tp": layout[0], "pp": layout[1]},
-        "dual_chunk_attention": None
-        if chunks is None
-        else {
-            "chunk_size": chunks.chunk_size,
-            "local_size": chunks.local_size,
-            "original_length": context.original_length,
-        },
+        "dual_chunk_attention": describe_chunks(context),
     }
 
 

@@ -19,12 +19,14 @@ from megatron_qwen.cli.engine_options import (
     DcaLocalOption,
     PrefillOption,
     check_dtype,
+    describe_chunks,
 )
 from megatron_qwen.errors import ConfigError, CorruptInputError, IncompleteInputError
 
 if TYPE_CHECKING:
     from megatron_qwen.data.tokenizer import QwenTokenizer
     from megatron_qwen.inference.completion import Completion
+    from megatron_qwen.inference.long_context import LongContext
     from megatron_qwen.inference.sampling import SamplingParams
     from megatron_qwen.model.config import QwenConfig
 
@@ -202,7 +204,7 @@ def _run(
     seconds = time.perf_counter() - start
     if groups.is_rank_zero():
         layout = engine["layout"]
-        _show(folder, prompts, completions, params, sources, seconds, layout, stream=stream, as_json=as_json)
+        _show(folder, prompts, completions, params, sources, seconds, layout, context, stream=stream, as_json=as_json)
     groups.shutdown()
 
 
@@ -248,6 +250,7 @@ def _show(
     sources: Mapping[str, str],
     seconds: float,
     layout: tuple[int, int],
+    context: LongContext,
     *,
     stream: bool,
     as_json: bool,
@@ -260,6 +263,7 @@ def _show(
         record = {
             "model": str(folder),
             "layout": {"tp": layout[0], "pp": layout[1]},
+            "dual_chunk_attention": describe_chunks(context),
             "sampling": {name: {"value": settings[name], "from": sources[name]} for name in settings},
             "completions": [
                 {"prompt": text, **dataclasses.asdict(each)} for text, each in zip(prompts, completions, strict=True)

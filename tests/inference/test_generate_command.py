@@ -52,6 +52,28 @@ def test_json_tells_what_was_written_and_where_each_setting_came_from(folder: Pa
     assert answer["sampling"]["seed"] == {"value": 0, "from": "default"}
 
 
+def test_a_prompt_beyond_the_positions_needs_chunks_and_says_so(folder: Path, tmp_path: Path) -> None:
+    prompt = tmp_path / "long.txt"
+    prompt.write_text("def f(x):\n" * 100)
+    options = (str(folder), "--prompt-file", str(prompt), "--max-new-tokens", "5", "--greedy", "--json")
+    refused = run(*options)
+    assert refused.returncode == 2
+    assert "--dca-chunk-size 192 --dca-local-size 12" in refused.stderr
+    chunks = ("--dca-chunk-size", "192", "--dca-local-size", "12")
+    answers = []
+    for extra in ((), ("--prefill-chunk-size", "33", "--cache-tokens", "900")):
+        result = run(*options, *chunks, *extra)
+        assert result.returncode == 0, result.stderr
+        answers.append(json.loads(result.stdout))
+    assert answers[0]["dual_chunk_attention"] == {"chunk_size": 192, "local_size": 12, "original_length": 256}
+    (one,), (other,) = (each["completions"] for each in answers)
+    assert one["token_ids"] == other["token_ids"]
+    assert one["prompt_tokens"] > 256
+    small = run(*options, *chunks, "--cache-tokens", "100")
+    assert small.returncode == 2
+    assert "GiB" in small.stderr
+
+
 @pytest.mark.multirank
 def test_two_ranks_read_stdin_and_one_of_them_prints_the_same_from_rank_files(folder: Path, rank_files: Path) -> None:
     options = ("--max-new-tokens", "12", "--greedy", "--dtype", "fp32")

@@ -19,7 +19,9 @@ from megatron_qwen.inference.completion import Completion
 from megatron_qwen.inference.engine import Engine
 from megatron_qwen.inference.long_context import LongContext
 from megatron_qwen.inference.sampling import SamplingParams
-from megatron_qwen.model.config import DualChunkAttention, QwenConfig
+from megatron_qwen.model.config import DualChunkAttention, QwenConfig, YarnScaling
+from megatron_qwen.model.dual_chunk import dual_chunk_of, inverse_frequencies
+from megatron_qwen.model.rope import model_tables
 from megatron_qwen.parallel import groups
 from megatron_qwen.parallel.layout import ParallelLayout
 from megatron_qwen.testing.ranks import run_ranks
@@ -122,6 +124,21 @@ def test_temperature_and_chunks_each_change_the_losses(folders: dict[str, Path])
     assert not is_close(both[trained:], cold[trained:])
     assert is_close(plain[: stride - 1], cold[: stride - 1])
     assert not is_close(plain[stride:], cold[stride:])
+
+
+def test_tables_are_those_of_training(folders: dict[str, Path], tmp_path: Path) -> None:
+    yarn = YarnScaling(factor=4.0, original_max_position_embeddings=8)
+    config = dataclasses.replace(MODELS["untied"], rope_scaling=yarn, dual_chunk_attention=DUAL_CHUNK)
+    scaled = write_tiny_hf(write_folder(tmp_path / "yarn"), config, seed=5)
+    for folder in (folders["untied"], scaled):
+        (network,) = load(folder)._chunks
+        dual = dual_chunk_of(network.config)
+        assert dual is not None
+        for ours, theirs in zip(model_tables(network, 33, exact=True), dual.tables(torch.device("cpu")), strict=True):
+            assert torch.equal(ours, theirs), folder
+    cos, _ = model_tables(network, 1_000_001, exact=True)
+    angle = 1_000_000 * inverse_frequencies(dual.head_dim, dual.rope_theta, yarn)[1].double()
+    assert cos[-1, 1].item() == pytest.approx(angle.cos().item() * yarn.concentration(), abs=1e-6)
 
 
 def test_a_text_in_one_chunk_is_attended_plainly(folders: dict[str, Path]) -> None:
