@@ -19,17 +19,21 @@ ALLGATHER = "performance.moe_token_dispatcher=allgather"
 OVERLAP = "performance.moe_shared_expert_overlap=true"
 # Parameters arrive while layers are computed: in buckets so small that each layer has several.
 GATHER = "performance.overlap_grad_reduce=true performance.overlap_param_gather=true performance.bucket_size=10000"
+RECOMPUTE = "performance.recompute=selective performance.recompute_modules=[moe]"
 # ranks -> changes of a recipe; the all-to-all dispatcher where no other is named.
 LAYOUTS = {
     2: [
         "",
-        f"{ALLGATHER} {GATHER}",
         "parallel.ep=2",
         f"parallel.ep=2 {ALLGATHER}",
         f"parallel.ep=2 {OVERLAP} {GATHER}",
         f"{SP} parallel.etp=1",
     ],
-    4: [f"{SP} parallel.ep=2", f"{SP} parallel.ep=2 {ALLGATHER}", "parallel.ep=4", f"parallel.ep=4 {ALLGATHER}"],
+    4: [f"{SP} parallel.ep=2", f"{SP} parallel.ep=2 {ALLGATHER}", "parallel.ep=4"],
+}
+EXHAUSTIVE = {
+    2: [ALLGATHER, GATHER, f"{SP} parallel.ep=2 parallel.etp=1 {OVERLAP}", f"parallel.ep=2 {RECOMPUTE}"],
+    4: [f"parallel.ep=4 {ALLGATHER}", f"{SP} parallel.ep=2 {OVERLAP}", "parallel.ep=2 parallel.pp=2"],
 }
 
 
@@ -66,19 +70,30 @@ def recipe_of(weights, corpus, tmp_path):
     return make
 
 
-@pytest.mark.multirank
-@pytest.mark.parametrize("ranks", LAYOUTS)
-def test_curves_are_those_of_megatrons_modules(ranks, recipe_of):
+def check(layouts: list[str], ranks: int, recipe_of) -> None:
     pairs = [
         (recipe_of(f"ours-{index}", changes), recipe_of(f"theirs-{index}", changes))
-        for index, changes in enumerate(LAYOUTS[ranks])
+        for index, changes in enumerate(layouts)
     ]
     results = run_ranks(moe_curves.train_both, ranks, pairs, timeout=400)[0]
     wrong = []
-    for changes, (ours, theirs) in zip(LAYOUTS[ranks], results, strict=True):
+    for changes, (ours, theirs) in zip(layouts, results, strict=True):
         assert len(ours["loss"]) == STEPS
         assert min(ours["aux_loss"]) > 0
         for name, values in ours.items():
             if values != pytest.approx(theirs[name], rel=RELATIVE):
                 wrong.append(f"[{changes}] {name}: {values}, Megatron's: {theirs[name]}")
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("ranks", LAYOUTS)
+def test_curves_are_those_of_megatrons_modules(ranks, recipe_of):
+    check(LAYOUTS[ranks], ranks, recipe_of)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.multirank
+@pytest.mark.parametrize("ranks", EXHAUSTIVE)
+def test_more_layouts_and_switches(ranks, recipe_of):
+    check(EXHAUSTIVE[ranks], ranks, recipe_of)
