@@ -131,6 +131,54 @@ def test_preset_traps_by_checkpoint():
         QwenConfig.from_preset("qwen2.5-8b")
 
 
+RELEASED_CHUNKS = {"chunk_size": 262_144, "local_size": 8192, "original_max_position_embeddings": 262_144}
+
+
+def with_chunks(**entries):
+    return tiny_dense().to_hf() | {"dual_chunk_attention_config": RELEASED_CHUNKS | entries}
+
+
+def test_dual_chunk_attention_is_read_and_written_as_released(caplog):
+    config = QwenConfig.from_hf(with_chunks())
+    assert config.dual_chunk_attention == DualChunkAttention(**RELEASED_CHUNKS)
+    assert config.dual_chunk_attention.chunk_length == 253_952
+    assert config.to_hf()["dual_chunk_attention_config"] == RELEASED_CHUNKS
+    assert QwenConfig.from_preset("qwen2.5-14b-instruct-1m").to_hf()["dual_chunk_attention_config"] == RELEASED_CHUNKS
+    sparse = {
+        "sparse_attention_config": [{"0": ["vertical_and_slash", 30, 800, 0.9]}],
+        "sparse_attention_enabled": True,
+    }
+    with caplog.at_level(logging.INFO):
+        config = QwenConfig.from_hf(with_chunks(**sparse))
+    assert config.to_hf()["dual_chunk_attention_config"] == RELEASED_CHUNKS | sparse
+    assert [record for record in caplog.messages if "kept for export, not used: sparse_attention_config" in record]
+    paper = QwenConfig.from_hf(with_chunks(cap="paper"))
+    assert paper != QwenConfig.from_hf(with_chunks())
+    assert paper.to_hf()["dual_chunk_attention_config"] == RELEASED_CHUNKS | {"cap": "paper"}
+
+
+def test_a_null_in_dual_chunk_attention_is_an_absent_entry():
+    config = QwenConfig.from_hf(with_chunks(original_max_position_embeddings=None, sparse_attention_last_q=None))
+    assert config.dual_chunk_attention.original_max_position_embeddings == 0
+    assert QwenConfig.from_hf(tiny_dense().to_hf() | {"dual_chunk_attention_config": None}) == tiny_dense()
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        (RELEASED_CHUNKS | {"local_sise": 3}, "unknown field 'local_sise'. Did you mean 'local_size'"),
+        ({"chunk_size": 8}, "missing: local_size"),
+        ([8, 3], "expected an object or null"),
+        (RELEASED_CHUNKS | {"local_size": 262_144}, "expected local_size < chunk_size"),
+        (RELEASED_CHUNKS | {"chunk_size": "8"}, "chunk_size: got '8', expected a whole number"),
+        (RELEASED_CHUNKS | {"cap": "8"}, "cap: got '8', expected one of released, paper"),
+    ],
+)
+def test_a_bad_dual_chunk_attention_config_is_named(block, message):
+    with pytest.raises(ConfigError, match=message):
+        QwenConfig.from_hf(tiny_dense().to_hf() | {"dual_chunk_attention_config": block})
+
+
 def test_moe_layers_follow_the_sparse_step_and_the_list():
     assert tiny_moe(decoder_sparse_step=2).moe_layers() == (False, True, False, True)
     assert tiny_moe(mlp_only_layers=(0, 2)).moe_layers() == (False, True, False, True)
