@@ -96,8 +96,8 @@ class PagedCache:
         if needed > self.num_pages:
             raise ConfigError(
                 f"key-value cache: a sequence of {tokens:,} tokens needs {needed:,} pages of {self.shape.page_size} "
-                f"tokens, {_gib(needed * self.shape.page_bytes)} on this rank; the cache has {self.num_pages:,} pages, "
-                f"{_gib(self.num_pages * self.shape.page_bytes)}. Give the cache more tokens (--cache-tokens, "
+                f"tokens, {_size(needed * self.shape.page_bytes)} on this rank; the cache has {self.num_pages:,}, "
+                f"{_size(self.num_pages * self.shape.page_bytes)}. Give the cache more tokens (--cache-tokens, "
                 "cache_tokens=), shorten the prompt, or ask for fewer new tokens"
             )
         return needed <= len(self._free)
@@ -162,11 +162,11 @@ def _require_memory(shape: CacheShape, num_pages: int, device: torch.device) -> 
         available, where = int(psutil.virtual_memory().available), "this machine"
     if needed > available:
         raise ConfigError(
-            f"key-value cache: {num_pages:,} pages of {shape.page_size} tokens need {_gib(needed)} on this rank, "
-            f"{_gib(available)} of {where} are free. Give fewer or shorter prompts at once, limit the cache's tokens "
+            f"key-value cache: {num_pages:,} pages of {shape.page_size} tokens need {_size(needed)} on this rank, "
+            f"{_size(available)} of {where} are free. Give fewer or shorter prompts at once, limit the cache's tokens "
             "(--cache-tokens, cache_tokens=) so that prompts wait for one another, or use more ranks"
         )
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:,.2f} GiB"
+def _size(size: int) -> str:
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.2f} MiB"

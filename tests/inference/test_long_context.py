@@ -156,7 +156,7 @@ def test_texts_that_wait_for_pages_are_completed_as_if_there_were_room(folders: 
     assert tokens(tight.generate(TEXTS, GREEDY)) == tokens(free)
     sampled = dataclasses.replace(GREEDY, greedy=False, seed=4, repetition_penalty=1.2)
     assert tokens(tight.generate(TEXTS, sampled)) == tokens(load(folders[model]).generate(TEXTS, sampled))
-    with pytest.raises(ConfigError, match=rf"{longest:,} tokens needs \d+ pages .* GiB on this rank"):
+    with pytest.raises(ConfigError, match=rf"{longest:,} tokens needs \d+ pages .* MiB on this rank"):
         load(folders[model], cache_tokens=longest - 8, page_size=8).generate(TEXTS, GREEDY)
 
 

@@ -60,7 +60,7 @@ def test_a_sequence_that_never_fits_is_told_apart_from_one_that_has_to_wait() ->
     assert not cache.can_admit(17)
     with pytest.raises(ConfigError, match="2 pages, 1 of 4 are free; wait"):
         cache.admit(1, 17)
-    with pytest.raises(ConfigError, match=r"65 tokens needs 5 pages of 16 tokens, 0\.00 GiB .* 4 pages"):
+    with pytest.raises(ConfigError, match=r"65 tokens needs 5 pages of 16 tokens, 0\.01 MiB .* has 4, 0\.01"):
         cache.can_admit(65)
 
 
