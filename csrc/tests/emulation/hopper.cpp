@@ -293,10 +293,10 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_
                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
   constexpr cuuint64_t kBytes = 2;
   const auto at = reinterpret_cast<std::uintptr_t>(address);
-  const bool fits = rank == 2 && at % 16 == 0 && sizes[0] * kBytes % 16 == 0 && sizes[0] >= 1 && sizes[1] >= 1 && sizes[0] <= (1ull << 32) &&
-                    sizes[1] <= (1ull << 32) && strides[0] % 16 == 0 && strides[0] < (1ull << 40) &&
-                    strides[0] >= sizes[0] * kBytes && box[0] >= 1 && box[1] >= 1 && box[0] * kBytes == 128 &&
-                    box[1] <= 256 && element_strides[0] == 1 && element_strides[1] == 1 &&
+  const bool fits = rank == 2 && at % 16 == 0 && sizes[0] * kBytes % 16 == 0 && sizes[0] >= 1 && sizes[1] >= 1 &&
+                    sizes[0] <= (1ull << 32) && sizes[1] <= (1ull << 32) && strides[0] % 16 == 0 &&
+                    strides[0] < (1ull << 40) && strides[0] >= sizes[0] * kBytes && box[0] >= 1 && box[1] >= 1 &&
+                    box[0] * kBytes == 128 && box[1] <= 256 && element_strides[0] == 1 && element_strides[1] == 1 &&
                     swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
   if (!fits) return CUDA_ERROR_INVALID_VALUE;
   *map = {at, sizes[1], sizes[0], strides[0], box[1], box[0], kBytes, {}};
