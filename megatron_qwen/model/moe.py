@@ -26,15 +26,19 @@ class QwenMoELayer(MoELayer):  # type: ignore[misc]  # megatron-core is untyped
 
     With tensor parallelism the shared experts, whose matrices are split, stay Megatron's module beside the operation.
     Recompute of "moe" drops the outputs of the first matrices and computes them again in backward; routing is kept.
+
+    Attributes:
+        in_one_operation: whether forward goes through `ops.moe_mlp`. False: through the modules, as Megatron does, so
+            that hooks on them see what comes and goes.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Build Megatron's layer; arguments are its own."""
         super().__init__(*args, **kwargs)
-        self._is_whole = self.ep_group.size() == 1 and self.experts.tp_group.size() == 1
-        if self._is_whole:
+        self.in_one_operation = self.ep_group.size() == 1 and self.experts.tp_group.size() == 1
+        if self.in_one_operation:
             obstacles = self._obstacles()
-            self._is_whole = not obstacles
+            self.in_one_operation = not obstacles
             if obstacles:
                 say_once(f"the MoE layer goes Megatron-Core's way, not through ops.moe_mlp: {', '.join(obstacles)}")
 
@@ -70,7 +74,7 @@ class QwenMoELayer(MoELayer):  # type: ignore[misc]  # megatron-core is untyped
             padding_mask: [B, S], True for padding, or None.
             kwargs: further arguments of Megatron's forward.
         """
-        if not self._is_whole or intermediate_tensors is not None or padding_mask is not None or kwargs:
+        if not self.in_one_operation or intermediate_tensors is not None or padding_mask is not None or kwargs:
             return super().forward(hidden_states, intermediate_tensors, padding_mask, **kwargs)
         weights, experts = self.router.choose(hidden_states)
         x = hidden_states.reshape(-1, hidden_states.shape[-1])

@@ -123,7 +123,7 @@ def assert_as_megatrons(layer, x, **arguments):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_output_gradients_and_losses_equal_megatrons(name, renormalizes):
     layer = layer_of(OPTIONS[name], norm_topk_prob=renormalizes)
-    assert layer._is_whole
+    assert layer.in_one_operation
     assert_as_megatrons(layer, torch.randn(13, 3, 64))
 
 

@@ -173,6 +173,8 @@ class DecoderLayer:
             post_process=False, perform_initialization=False,
         ).eval()  # fmt: skip
         self._layer = self._model.decoder.layers[0]
+        if config.is_moe:
+            self._layer.mlp.in_one_operation = False  # its modules are judged one by one
         self._modules = dict(self._layer.named_modules())
         self._weights = dict(self._layer.named_parameters())
         self._device = next(iter(self._weights.values())).device
