@@ -42,6 +42,19 @@ def test_auto_takes_cuda_only_where_it_was_validated(op: str, monkeypatch: pytes
     assert backends.explain_choice(op, CUDA).backend == "cuda"
 
 
+def test_inputs_that_only_the_cuda_kernel_cannot_take_go_to_triton(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnDevice:
+        device, dtype = CUDA, torch.bfloat16
+
+    monkeypatch.setattr(backends, "VALIDATED", frozenset({(op, "sm_90")}))
+    for obstacle, expected in (("", "cuda"), ("it takes multiples of 8", "triton")):
+        assert backends.backend_for(op, OnDevice(), unfit_for_cuda=lambda words=obstacle: words) == expected
+    with ops.use_backend("cuda"), pytest.raises(ConfigError, match="requested, but it takes multiples of 8"):
+        backends.backend_for(op, OnDevice(), unfit_for_cuda=lambda: "it takes multiples of 8")
+    with ops.use_backend("triton"):
+        assert backends.backend_for(op, OnDevice(), unfit_for_cuda=lambda: pytest.fail("asked in vain")) == "triton"
+
+
 def test_auto_without_triton_says_so_in_the_log(op: str, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
     assert backends.explain_choice(op, CUDA).backend == "reference"
