@@ -26,6 +26,8 @@ _FIELDS = {
     "seed": "seed",
     "seq_length": "model.seq_length",
     "dtype": "model.dtype",
+    "dca_chunk_size": "model.dca_chunk_size",
+    "dca_local_size": "model.dca_local_size",
     "tp": "parallel.tp",
     "pp": "parallel.pp",
     "vpp": "parallel.vpp",
@@ -80,6 +82,12 @@ def pretrain(
     seed: Annotated[int | None, typer.Option(help="Of weights, dropout and data order.")] = None,
     seq_length: Annotated[int | None, typer.Option(help="Tokens per sample.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16 (with fp32 master weights) or fp32.")] = None,
+    dca_chunk_size: Annotated[
+        int | None, typer.Option(help="Dual Chunk Attention; 0 for plain. [default: the model's]")
+    ] = None,
+    dca_local_size: Annotated[
+        int | None, typer.Option(help="Of it, at true distance to the chunk before. [default: a sixteenth]")
+    ] = None,
     nproc: Annotated[int, typer.Option(help="Local ranks to start; under torchrun leave it out.")] = 1,
     tp: Annotated[
         int | None, typer.Option("--tp", "--tensor-model-parallel-size", help="Tensor.", rich_help_panel=_LAYOUT)

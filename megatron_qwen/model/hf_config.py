@@ -115,7 +115,7 @@ def config_from_hf(source: str | Path | Mapping[str, Any]) -> QwenConfig:
             model_type=content["model_type"],
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
-            dual_chunk_attention=_read_dual_chunk_attention(where, content),
+            dual_chunk_attention=dual_chunk_attention_from_hf(where, content.get("dual_chunk_attention_config")),
             torch_dtype=_read_dtype(where, content),
             inert_fields=_sort_out_remaining(where, content, is_moe),
             **values,
@@ -145,7 +145,7 @@ def config_to_hf(config: QwenConfig) -> dict[str, Any]:
     content["rope_scaling"] = scaling
     content["rope_parameters"] = {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})}
     if config.dual_chunk_attention is not None:
-        content["dual_chunk_attention_config"] = _dual_chunk_attention_to_hf(config.dual_chunk_attention)
+        content["dual_chunk_attention_config"] = dual_chunk_attention_to_hf(config.dual_chunk_attention)
     return content | {"torch_dtype": config.torch_dtype, "dtype": config.torch_dtype}
 
 
@@ -256,8 +256,16 @@ def _rope_scaling_to_hf(scaling: YarnScaling | None) -> dict[str, Any] | None:
     return {"rope_type": "yarn", **values}
 
 
-def _read_dual_chunk_attention(where: str, content: Mapping[str, Any]) -> DualChunkAttention | None:
-    block = content.get("dual_chunk_attention_config")
+def dual_chunk_attention_from_hf(where: str, block: Any) -> DualChunkAttention | None:
+    """Return the settings in a `dual_chunk_attention_config`, None for null.
+
+    Args:
+        where: the file, for messages.
+        block: the entry's value.
+
+    Raises:
+        ConfigError: not an object, misspelt, missing or contradictory entries.
+    """
     if not block:
         return None
     if not isinstance(block, dict):
@@ -283,7 +291,8 @@ def _read_dual_chunk_attention(where: str, content: Mapping[str, Any]) -> DualCh
     return DualChunkAttention(**values, other_fields=other)
 
 
-def _dual_chunk_attention_to_hf(chunks: DualChunkAttention) -> dict[str, Any]:
+def dual_chunk_attention_to_hf(chunks: DualChunkAttention) -> dict[str, Any]:
+    """Return the `dual_chunk_attention_config` of these settings."""
     values = _without_none(dataclasses.asdict(chunks))
     other = values.pop("other_fields")
     if values["cap"] == "released":  # what every reader of the files takes

@@ -8,6 +8,7 @@ those that use it as it is. Importing this module changes nothing in torch or Me
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -31,6 +32,7 @@ from megatron.core.transformer.transformer_layer import (
 from megatron_qwen import compat
 from megatron_qwen.errors import ConfigError
 from megatron_qwen.model.attention import CoreAttention
+from megatron_qwen.model.dual_chunk import dual_chunk_of
 from megatron_qwen.model.experts import LocalExperts
 from megatron_qwen.model.layer import ResidualNormLayer
 from megatron_qwen.model.moe import QwenMoELayer
@@ -39,6 +41,8 @@ from megatron_qwen.model.router import QwenRouter
 from megatron_qwen.model.self_attention import QwenSelfAttention
 from megatron_qwen.model.swiglu import SwiGLU
 from megatron_qwen.model.transformer_config import transformer_engine_by_default
+
+logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "local", "te")
 
@@ -161,6 +165,13 @@ def block_spec(
         ConfigError: see `resolve_backend`.
     """
     backend = resolve_backend(backend, config)
+    dual = dual_chunk_of(config)
+    if backend == "te" and dual is not None:
+        logger.warning(
+            "backend 'te' has no Dual Chunk Attention: attention is plain, which differs beyond %d tokens; backend "
+            "'local' has it",
+            dual.chunks.stride,
+        )
     kinds = {
         is_moe: layer_spec(
             backend=backend,

@@ -36,10 +36,11 @@ class ModelRecipe(RecipeGroup):
         dtype: `bf16` (parameters in bfloat16, master weights and gradients in float32) or `fp32`.
         backend: layer implementation: `te` (Transformer Engine), `local`, or `auto`.
         attention_dropout, hidden_dropout: probabilities; None takes the model's own.
-        dca_chunk_size, dca_local_size: Dual Chunk Attention with these sizes, in tokens; a chunk_size of 0 switches it
-            off, None takes the model's own.
+        dca_chunk_size, dca_local_size: Dual Chunk Attention with these sizes, in tokens; a local size of None is a
+            sixteenth of the other. A chunk_size of 0 switches it off, None takes the model's own.
         dca_cap: largest position of a query: `released` (chunk_size) or `paper` (chunk_size - 1).
-        dca_original_length: tokens from which logits grow with the square of the log-length temperature; 0 for never.
+        dca_original_length: tokens from which logits grow with the square of the log-length temperature; 0 for never;
+            None for the model's max_position_embeddings.
     """
 
     source: str = "tiny"
@@ -51,7 +52,7 @@ class ModelRecipe(RecipeGroup):
     dca_chunk_size: int | None = None
     dca_local_size: int | None = None
     dca_cap: str = "released"
-    dca_original_length: int = 0
+    dca_original_length: int | None = None
 
     def problems(self) -> Iterator[str]:  # noqa: D102
         yield from self._at_least(1, "seq_length")
@@ -67,9 +68,9 @@ class ModelRecipe(RecipeGroup):
         yield from self._at_least(0, "dca_chunk_size", "dca_local_size", "dca_original_length")
         yield from self._one_of("dca_cap", CAPS)
         chunk, local = self.dca_chunk_size, self.dca_local_size
-        if not chunk and (local is not None or self.dca_original_length):
+        if not chunk and (local, self.dca_original_length) != (None, None):
             yield "dca_local_size, dca_original_length: set without dca_chunk_size; expected all of them or none"
-        elif chunk and not (local is not None and local < chunk):
+        elif chunk and local is not None and local >= chunk:
             yield f"dca_local_size: got {local}, expected less than dca_chunk_size ({chunk})"
 
 

@@ -133,13 +133,13 @@ def _with_dual_chunk_attention(config: QwenConfig, model: ModelRecipe) -> QwenCo
     """Return the configuration with the recipe's Dual Chunk Attention in place of its own, if it has one."""
     if model.dca_chunk_size is None:
         return config
+    chunk, local, original = model.dca_chunk_size, model.dca_local_size, model.dca_original_length
     block = None
-    if model.dca_chunk_size:
-        assert model.dca_local_size is not None, "the recipe asks for both"
+    if chunk:
         block = DualChunkAttention(
-            chunk_size=model.dca_chunk_size,
-            local_size=model.dca_local_size,
-            original_max_position_embeddings=model.dca_original_length,
+            chunk_size=chunk,
+            local_size=max(chunk // 16, 1) if local is None else local,
+            original_max_position_embeddings=config.max_position_embeddings if original is None else original,
             cap=model.dca_cap,
         )
     return dataclasses.replace(config, dual_chunk_attention=block)

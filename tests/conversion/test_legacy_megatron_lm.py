@@ -22,7 +22,7 @@ from megatron_qwen.conversion.formats.legacy.layout import RANK_FILE, folder_nam
 from megatron_qwen.conversion.formats.legacy.source import LegacyFolder
 from megatron_qwen.conversion.formats.megatron_lm_args import config_from_args, megatron_lm_args
 from megatron_qwen.errors import ConfigError, IncompleteInputError
-from megatron_qwen.model.config import QwenConfig, YarnScaling
+from megatron_qwen.model.config import DualChunkAttention, QwenConfig, YarnScaling
 from megatron_qwen.model.flags import LaunchSettings, megatron_lm_flags
 from megatron_qwen.parallel.layout import ParallelLayout
 from megatron_qwen.testing.ranks import run_ranks
@@ -209,6 +209,7 @@ MODELS = {
     "mixed": tiny_moe(layers=5, decoder_sparse_step=2, mlp_only_layers=(3,)),
     "yarn": tiny_dense(rope_scaling=YarnScaling(factor=4.0, original_max_position_embeddings=64)),
     "large_base": tiny_dense(rope_theta=1e6, torch_dtype="bfloat16"),
+    "chunked": tiny_dense(dual_chunk_attention=DualChunkAttention(chunk_size=64, local_size=8, cap="paper")),
 }
 
 
@@ -219,6 +220,7 @@ def test_arguments_describe_the_model_and_give_it_back(name):
     assert back.shape() == config.shape()
     assert back.moe_layers() == config.moe_layers()
     same = ("rope_theta", "rope_scaling", "rms_norm_eps", "tie_word_embeddings", "norm_topk_prob", "torch_dtype")
+    same = (*same, "dual_chunk_attention")
     assert {key: getattr(back, key) for key in same} == {key: getattr(config, key) for key in same}
     assert back.router_aux_loss_coef == pytest.approx(config.router_aux_loss_coef)
     assert any("padding" in note for note in notes)

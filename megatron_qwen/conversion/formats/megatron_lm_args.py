@@ -20,11 +20,14 @@ from megatron_qwen.conversion.formats.legacy.layout import vocabulary_rows
 from megatron_qwen.errors import ConfigError, IncompleteInputError
 from megatron_qwen.model.config import QwenConfig, YarnScaling
 from megatron_qwen.model.flags import pipeline_pattern
+from megatron_qwen.model.hf_config import dual_chunk_attention_from_hf, dual_chunk_attention_to_hf
 from megatron_qwen.model.rope import yarn_fields
 from megatron_qwen.model.transformer_config import megatron_aux_loss_coefficient
 from megatron_qwen.parallel.layout import ParallelLayout
 
 logger = logging.getLogger(__name__)
+
+_CHUNKS = "dual_chunk_attention_config"
 
 
 def megatron_lm_args(
@@ -103,6 +106,9 @@ def _position_arguments(config: QwenConfig) -> dict[str, Any]:
         "rotary_percent": 1.0,
         "rotary_interleaved": False,
     }
+    if config.dual_chunk_attention is not None:
+        # Megatron-LM has no such argument and passes over it; for who finds the checkpoint without its config.json.
+        arguments[_CHUNKS] = dual_chunk_attention_to_hf(config.dual_chunk_attention)
     scaling = config.rope_scaling
     if scaling is None:
         return arguments
@@ -244,6 +250,7 @@ def config_from_args(arguments: argparse.Namespace, where: str) -> tuple[QwenCon
         rms_norm_eps=arguments.layernorm_epsilon,
         rope_theta=float(arguments.rotary_base),
         rope_scaling=_scaling_from_args(arguments),
+        dual_chunk_attention=dual_chunk_attention_from_hf(where, getattr(arguments, _CHUNKS, None)),
         tie_word_embeddings=not arguments.untie_embeddings_and_output_weights,
         initializer_range=getattr(arguments, "init_method_std", None) or 0.02,
         attention_dropout=getattr(arguments, "attention_dropout", None) or 0.0,
