@@ -134,7 +134,7 @@ def perplexity(
     tokenizer, context = _before_loading(model, dca_chunk_size, dca_local_size)
     pieces = cut(tokenizer.encode("".join(_read(file) for file in text)), length=sizes[-1], samples=samples)
     context.require(sizes[-1] - 1, f"--lengths {sizes[-1]}: the text")
-    plain = LongContext(positions=_config(model).max_position_embeddings)
+    plain = LongContext.plain(_config(model))
     if against_full:
         plain.require(sizes[-1] - 1, "--against-full: the text")
     if against_full and context.chunks is None:

@@ -44,13 +44,23 @@ class LongContext:
         return cls(positions=None, chunks=dual.chunks, original_length=dual.original_length)
 
     @classmethod
+    def plain(cls, config: QwenConfig) -> LongContext:
+        """Return plain attention up to the positions of a model; YaRN's count where they are more.
+
+        YaRN is often added to a config.json without a change of max_position_embeddings.
+        """
+        yarn, positions = config.rope_scaling, config.max_position_embeddings
+        stretched = 0 if yarn is None else int(yarn.factor * yarn.original_max_position_embeddings)
+        return cls(positions=max(positions, stretched))
+
+    @classmethod
     def of_model(
         cls, config: QwenConfig, *, chunk_size: int | None = None, local_size: int | None = None
     ) -> LongContext:
         """Return what fits a model.
 
         Args:
-            config: its dual_chunk_attention_config switches Dual Chunk Attention on, with the released code's cap.
+            config: its dual_chunk_attention_config switches Dual Chunk Attention on.
             chunk_size: tokens of a chunk and its window, in the place of the configuration's.
             local_size: tokens of the window; a sixteenth of chunk_size if None, as ChunkLlama has it for Qwen.
 
@@ -59,24 +69,21 @@ class LongContext:
         """
         if chunk_size is None and local_size is not None:
             raise ConfigError(f"local_size is {local_size} without chunk_size; give both, or chunk_size alone")
-        own, trained = config.dual_chunk_attention, config.max_position_embeddings
-        if chunk_size is None and own is None:
-            return cls(positions=trained)
-        if own is not None:
-            trained = own.original_max_position_embeddings or own.chunk_size
-        original_length = trained if own is None else own.original_max_position_embeddings
+        own, plain = config.dual_chunk_attention, cls.plain(config)
         if chunk_size is None:
-            assert own is not None
-            chunks = chunk_layout(own)
-        else:
-            window = max(chunk_size // 16, 1) if local_size is None else local_size
-            chunks = ops.ChunkLayout.released(chunk_size, window)
-        if chunks.chunk_size > trained:
+            if own is None:
+                return plain
+            return cls(positions=None, chunks=chunk_layout(own), original_length=own.original_max_position_embeddings)
+        trained = plain.positions if own is None else own.original_max_position_embeddings or own.chunk_size
+        assert trained is not None
+        if chunk_size > trained:
             raise ConfigError(
-                f"dual chunk attention: chunk_size is {chunks.chunk_size:,}, the model was trained on {trained:,} "
-                f"tokens; distances up to chunk_size occur, so it must be at most {trained:,}"
+                f"dual chunk attention: chunk_size is {chunk_size:,}, the model was trained on {trained:,} tokens; "
+                f"distances up to chunk_size occur, so it must be at most {trained:,}"
             )
-        return cls(positions=None, chunks=chunks, original_length=original_length)
+        window = max(chunk_size // 16, 1) if local_size is None else local_size
+        original_length = trained if own is None else own.original_max_position_embeddings
+        return cls(positions=None, chunks=ops.ChunkLayout.released(chunk_size, window), original_length=original_length)
 
     def logit_scale(self, positions: torch.Tensor) -> torch.Tensor | None:
         """Return the factor of each query's logits, fp32 like positions; None if all are 1.

@@ -200,6 +200,8 @@ def test_every_layout_has_the_tokens_and_losses_of_one_rank(folders: dict[str, P
 def test_where_dual_chunk_attention_comes_from() -> None:
     plain = tiny_dense(max_position_embeddings=256)
     assert LongContext.of_model(plain) == LongContext(positions=256)
+    yarn = YarnScaling(factor=4.0, original_max_position_embeddings=256)
+    assert LongContext.of_model(dataclasses.replace(plain, rope_scaling=yarn)) == LongContext(positions=1024)
     asked = LongContext.of_model(plain, chunk_size=128)
     assert asked == LongContext(positions=None, chunks=ops.ChunkLayout.released(128, 8), original_length=256)
     million = tiny_dense(
