@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional
 
 from ..moe_permute.reference import gather_sum
+from ..products import add_product, product, product_over_rows
 from .inputs import Gradients, Inputs, Sinks
 
 # Numbers of a block of elementwise work: 256 KiB per operand in fp32.
@@ -33,13 +34,13 @@ def forward(inputs: Inputs, keep: bool) -> tuple[torch.Tensor, torch.Tensor, tor
     rows_y = x.new_empty(weights.numel(), x.shape[1])
     buffer = _buffer(x, tokens, offsets)
     for expert, rows in _groups(offsets):
-        torch.mm(_take(x, tokens, rows, buffer), fc1[expert].t(), out=routed[rows])
+        product(_take(x, tokens, rows, buffer), fc1[expert].t(), out=routed[rows])
         hidden = _activate(routed[rows], row_weights[rows])
-        torch.mm(hidden, fc2[expert].t(), out=rows_y[rows])
+        product(hidden, fc2[expert].t(), out=rows_y[rows])
     y = rows_y if positions is None else gather_sum(rows_y, positions)
     if shared:
-        first = torch.mm(x, shared[0].t(), out=common.view(x.shape[0], shared[0].shape[0]))
-        y.addmm_(_activate(first, _gate(x, shared)), shared[1].t())
+        first = product(x, shared[0].t(), out=common.view(x.shape[0], shared[0].shape[0]))
+        add_product(y, _activate(first, _gate(x, shared)), shared[1].t())
     return (y, packed, common) if keep else (y, x.new_empty(0), x.new_empty(0))
 
 
@@ -66,16 +67,16 @@ def backward(
     sinks = sinks or [None] * (2 * len(fc1) + len(shared))
     for expert, rows in _groups(offsets):
         x_rows, grad_y = _take(x, tokens, rows, buffers[0]), _take(grad, tokens, rows, buffers[1])
-        first = x_rows @ fc1[expert].t() if routed is None else routed[rows]
-        hidden, grad_first, grad_rows[rows] = _backward_rows(grad_y @ fc2[expert], first, row_weights[rows])
-        torch.mm(grad_first, fc1[expert], out=grad_x_rows[rows])
+        first = product(x_rows, fc1[expert].t()) if routed is None else routed[rows]
+        hidden, grad_first, grad_rows[rows] = _backward_rows(product(grad_y, fc2[expert]), first, row_weights[rows])
+        product(grad_first, fc1[expert], out=grad_x_rows[rows])
         for index, left, right in ((expert, grad_first, x_rows), (len(fc1) + expert, grad_y, hidden)):
             grads[index] = _weight_gradient((*fc1, *fc2)[index], left, right, sinks[index])
     grad_x = grad_x_rows if positions is None else gather_sum(grad_x_rows, positions)
     grad_weights = grad_rows if positions is None else grad_rows[positions]
     grads_shared = []
     if shared:
-        first = common.view(x.shape[0], -1) if common.numel() else x @ shared[0].t()
+        first = common.view(x.shape[0], -1) if common.numel() else product(x, shared[0].t())
         grads_shared = _backward_shared(grad, x, first, shared, grad_x, sinks[2 * len(fc1) :])
     return grad_x, grad_weights, grads[: len(fc1)], grads[len(fc1) :], grads_shared
 
@@ -90,8 +91,8 @@ def _backward_shared(
 ) -> list[torch.Tensor]:
     """Return the gradients of the shared expert's matrices, and add what flows through it to grad_x [T, H]."""
     gate = _gate(x, shared)
-    hidden, grad_first, grad_gate = _backward_rows(grad @ shared[1], first, gate)
-    grad_x.addmm_(grad_first, shared[0])
+    hidden, grad_first, grad_gate = _backward_rows(product(grad, shared[1]), first, gate)
+    add_product(grad_x, grad_first, shared[0])
     operands = [(grad_first, x), (grad, hidden)]
     if gate is not None:
         # sigmoid' = s (1 - s)
@@ -162,21 +163,25 @@ def _gate(x: torch.Tensor, shared: list[torch.Tensor]) -> torch.Tensor | None:
 def _backward_rows(
     grad_hidden: torch.Tensor, packed: torch.Tensor, weights: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the weighted activation, and the gradients of packed and weights, from that of the weighted activation."""
-    hidden, grad_packed = torch.empty_like(grad_hidden), packed.new_empty(packed.shape)
-    grad_weights = packed.new_empty(packed.shape[0], dtype=torch.promote_types(packed.dtype, torch.float32))
-    width = hidden.shape[1]
+    """Return the weighted activation, and the gradients of packed and weights, from that of the weighted activation.
+
+    In fp32 and fp64 grad_hidden is written over.
+    """
+    grad_packed = packed.new_empty(packed.shape)
+    hidden, grad_weights = packed.new_empty(grad_hidden.shape), _wide(packed.new_empty(packed.shape[0]))
     for rows in _blocks(hidden):
         gate, up = _wide(packed[rows]).chunk(2, dim=-1)
+        grad_gate, grad_up = grad_packed[rows].chunk(2, dim=-1)
         grad, silu_gate = _wide(grad_hidden[rows]), functional.silu(gate)
         activated = silu_gate * up
         torch.linalg.vecdot(grad, activated, out=grad_weights[rows])
-        if weights is not None:
-            grad = grad * weights[rows].unsqueeze(-1)
-            activated.mul_(weights[rows].unsqueeze(-1))
-        hidden[rows] = activated
-        torch.mul(grad, silu_gate, out=grad_packed[rows, width:])
-        grad_packed[rows, :width] = torch.ops.aten.silu_backward(grad * up, gate)
+        if weights is None:
+            hidden[rows] = activated
+        else:
+            grad.mul_(weights[rows].unsqueeze(-1))
+            torch.mul(activated, weights[rows].unsqueeze(-1), out=hidden[rows])
+        torch.mul(grad, silu_gate, out=grad_up)
+        grad_gate.copy_(torch.ops.aten.silu_backward(grad.mul_(up), gate))
     return hidden, grad_packed, grad_weights
 
 
@@ -184,7 +189,5 @@ def _weight_gradient(
     weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, sink: torch.Tensor | None
 ) -> torch.Tensor:
     """Return left^T right; or add it to `sink` and return an uninitialised tensor."""
-    if sink is None:
-        return left.t() @ right
-    sink.addmm_(left.t(), right)
-    return torch.empty_like(weight)
+    grad = product_over_rows(left, right, sink)
+    return grad if sink is None else torch.empty_like(weight)

@@ -1,10 +1,12 @@
 """Prints how far routing and experts are from transformers' Qwen2MoeSparseMoeBlock with the same weights, as JSON.
 
-Differences are relative to the largest magnitude of each tensor: outputs, all gradients and the auxiliary loss.
+Differences are relative to the largest magnitude of each tensor: outputs, all gradients and the auxiliary loss. By the
+reference, and by Triton where it is installed: start it with TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import torch
@@ -13,7 +15,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBl
 
 from megatron_qwen import ops
 
-TOKENS, EXPERTS, TOPK, HIDDEN, WIDTH, SHARED = 53, 12, 4, 48, 20, 80
+TOKENS, EXPERTS, TOPK, HIDDEN, WIDTH, SHARED = 37, 12, 4, 48, 20, 80
 
 
 def block(renormalize: bool) -> torch.nn.Module:
@@ -62,5 +64,9 @@ def differences(renormalize: bool) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    found = {f"{name}, {flag}": each for flag in (False, True) for name, each in differences(flag).items()}
+    found = {}
+    for backend in ("reference", "triton") if importlib.util.find_spec("triton") else ("reference",):
+        for flag in (False, True):
+            with ops.use_backend(backend):
+                found |= {f"{name}, {flag}, {backend}": each for name, each in differences(flag).items()}
     print(json.dumps(found))

@@ -207,6 +207,27 @@ def roundings_of(layer: Layer, dtype: torch.dtype) -> float:
     return 256.0 if dtype == torch.float32 else 8.0
 
 
+def plain_moe_mlp(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    experts: torch.Tensor,
+    fc1: torch.Tensor,
+    fc2: torch.Tensor,
+    *shared: torch.Tensor,
+) -> torch.Tensor:
+    """What `ops.moe_mlp` computes, from the experts [T, k] of each token."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = torch.zeros(x.shape, dtype=wide)
+    for expert, pair in enumerate(zip(fc1, fc2, strict=True)):
+        token, slot = torch.where(experts == expert)
+        terms = plain_mlp(x[token], *pair) * weights[token, slot].unsqueeze(-1)
+        y = y.index_add(0, token, terms.to(wide))
+    if shared:
+        common = plain_mlp(x, *shared[:2])
+        y = y + (common * torch.sigmoid(x @ shared[2].t()) if len(shared) == 3 else common)
+    return y.to(x.dtype)
+
+
 def check_moe_mlp(layer: Layer, dtype: torch.dtype, backend: str, recompute: bool = False) -> None:
     order = layer.order
     rows = torch.arange(layer.tokens * layer.topk)
@@ -215,23 +236,98 @@ def check_moe_mlp(layer: Layer, dtype: torch.dtype, backend: str, recompute: boo
     def ours(*inputs: torch.Tensor) -> torch.Tensor:
         return layer.moe_mlp(*inputs, recompute=recompute)
 
-    def plain(
-        x: torch.Tensor, weights: torch.Tensor, fc1: torch.Tensor, fc2: torch.Tensor, *shared: torch.Tensor
-    ) -> torch.Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        y = torch.zeros(x.shape, dtype=wide)
-        for expert, pair in enumerate(zip(fc1, fc2, strict=True)):
-            token, slot = torch.where(experts == expert)
-            terms = plain_mlp(x[token], *pair) * weights[token, slot].unsqueeze(-1)
-            y = y.index_add(0, token, terms.to(wide))
-        if shared:
-            common = plain_mlp(x, *shared[:2])
-            y = y + (common * torch.sigmoid(x @ shared[2].t()) if len(shared) == 3 else common)
-        return y.to(x.dtype)
+    def plain(x: torch.Tensor, weights: torch.Tensor, *matrices: torch.Tensor) -> torch.Tensor:
+        return plain_moe_mlp(x, weights, experts, *matrices)
 
     grad = random((layer.tokens, layer.hidden), dtype, seed=2)
     roundings = roundings_of(layer, dtype)
     check_against_fp64(ours, plain, layer.inputs(dtype), [grad], backend, surround=False, roundings=roundings)
+
+
+def check_block(layer: Layer, renormalize: bool, dtype: torch.dtype, backend: str) -> None:
+    """Routing, order and experts as one: y, both losses, and the gradients of logits, x and all matrices.
+
+    Logits are exact in every dtype, so that all choose the same experts.
+    """
+    x, _, *matrices = layer.inputs(dtype)
+    logits = random((layer.tokens, layer.experts), dtype, seed=3, scale=2.0)
+    logits[:, list(layer.empty)] -= 100.0
+    sizes = {"num_tokens": layer.tokens, "topk": layer.topk}
+
+    def ours(logits: torch.Tensor, x: torch.Tensor, *matrices: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        routing = ops.moe_routing(logits, layer.topk, renormalize=renormalize)
+        order = ops.expert_order(routing.experts, layer.experts)
+        fc1, fc2, *shared = matrices
+        common = ops.SharedExpert(*shared) if shared else None
+        y = ops.moe_mlp(x, routing.weights, order, fc1.unbind(), fc2.unbind(), shared=common)
+        balance = ops.megatron_balance_loss(routing.counts, routing.probability_sums, **sizes)
+        return y, balance, ops.z_loss(routing.z_sum, layer.tokens)
+
+    def plain(logits: torch.Tensor, x: torch.Tensor, *matrices: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        weights, sums, z_sum, experts = plain_routing(logits, layer.topk, renormalize)
+        counts = torch.bincount(experts.flatten(), minlength=layer.experts)
+        balance = layer.experts / layer.topk * (counts / layer.tokens * (sums / layer.tokens)).sum()
+        return plain_moe_mlp(x, weights, experts, *matrices), balance, z_sum / layer.tokens
+
+    wide = torch.promote_types(dtype, torch.float32)
+    grads = [
+        random((layer.tokens, layer.hidden), dtype, seed=2),
+        torch.tensor(0.7).to(wide),
+        torch.tensor(0.3).to(wide),
+    ]
+    roundings = max(2.0, roundings_of(layer, dtype))
+    check_against_fp64(ours, plain, [logits, x, *matrices], grads, backend, surround=False, roundings=roundings)
+
+
+def check_matrices_beyond_32_bits(backend: str) -> None:
+    """Matrices, and the buffers their gradients go to, 2^30 and 2^31 elements behind the first one."""
+    layer = Layer(tokens=5, experts=3, topk=2, hidden=24, width=20, shared=36)
+    x, weights, fc1, fc2, *shared = layer.inputs(torch.bfloat16)
+    matrices = [*fc1, *fc2, *shared]
+
+    def apart(like: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Uninitialised; the memory between them is never touched, so it costs addresses only."""
+        memory, size = torch.empty(2**31 + 2**16, dtype=torch.bfloat16), 2048
+        starts = [(index % 3) * 2**30 + (index // 3) * size for index in range(len(like))]
+        return [memory[at : at + each.numel()].view(each.shape) for at, each in zip(starts, like, strict=True)]
+
+    def run(values: list[torch.Tensor], sinks: list[torch.Tensor]) -> list[torch.Tensor]:
+        parameters = [torch.nn.Parameter(each) for each in values]
+        for parameter, sink in zip(parameters, sinks, strict=True):
+            parameter.main_grad, parameter.grad_added_to_main_grad = sink.zero_(), False
+        leaves = [x.clone().requires_grad_(), weights.float().requires_grad_()]
+        common = ops.SharedExpert(*parameters[6:])
+        with ops.use_backend(backend):
+            y = ops.moe_mlp(*leaves, layer.order, parameters[:3], parameters[3:6], shared=common)
+            y.square().sum().backward()
+        assert all(each.grad_added_to_main_grad for each in parameters)
+        return [y.detach(), *(each.grad for each in leaves), *(each.clone() for each in sinks)]
+
+    far = apart(matrices)
+    for there, each in zip(far, matrices, strict=True):
+        there.copy_(each)
+    found = run(far, apart(matrices)), run([each.clone() for each in matrices], [each.clone() for each in matrices])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert all(each.abs().sum() > 0 for each in found[0])
+
+
+def check_kept(recompute: bool, backend: str) -> None:
+    """For backward: inputs, the order, and unless recomputed the outputs of the first matrices; no byte more."""
+    layer = Layer(tokens=64, experts=4, topk=4, hidden=32, width=4, shared=8)
+    inputs = [each.requires_grad_() for each in layer.inputs(torch.float32)]
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with ops.use_backend(backend), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer.moe_mlp(*inputs, recompute=recompute).sum().backward()
+    given = {each.untyped_storage().data_ptr() for each in inputs}
+    more = sum(size for address, size in kept.items() if address not in given)
+    outputs = 4 * (64 * 4 * 2 * 4 + 64 * 2 * 8)
+    order = 8 * (2 * 64 * 4 + 4 + 1)
+    assert more == order + (0 if recompute else outputs)
 
 
 def check_grouped_mlp(layer: Layer, dtype: torch.dtype, backend: str) -> None:

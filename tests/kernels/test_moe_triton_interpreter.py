@@ -62,6 +62,28 @@ def test_experts_recomputed(interpreted) -> None:
     interpreted(moe_checks.check_moe_mlp, moe_checks.LAYERS["empty experts"], torch.float32, "triton", recompute=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "renormalize", "dtype"),
+    [
+        ("one token", True, torch.float32),
+        ("empty experts", False, torch.bfloat16),
+        ("all on one", False, torch.float16),
+        ("all experts", True, torch.float32),
+    ],
+)
+def test_routing_order_and_experts_together(interpreted, name: str, renormalize: bool, dtype: torch.dtype) -> None:
+    interpreted(moe_checks.check_block, moe_checks.LAYERS[name], renormalize, dtype, "triton")
+
+
+def test_matrices_beyond_32_bit_offsets(interpreted) -> None:
+    interpreted(moe_checks.check_matrices_beyond_32_bits, "triton")
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_nothing_as_large_as_the_permuted_rows_is_kept(interpreted, recompute: bool) -> None:
+    interpreted(moe_checks.check_kept, recompute, "triton")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["same", "wider"])
 def test_gradient_buffers_are_added_to(interpreted, dtype: torch.dtype) -> None:
     interpreted(moe_checks.check_main_grads, dtype, "triton")

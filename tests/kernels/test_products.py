@@ -1,0 +1,80 @@
+"""Products of ragged rows: through oneDNN and torch.mm alike."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_qwen.kernels import products
+from megatron_qwen.testing.compare import assert_close_to_fp64
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows that went to oneDNN, which takes anything; and no products of torch's beside the rest of the rows."""
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(products, "has_faster_onednn", lambda: True)
+    monkeypatch.setattr(products, "FEWEST_MULTIPLICATIONS", 1)
+    onednn, made = products._onednn, []
+
+    def counted(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        made.append(a.shape[0])
+        return onednn(a, b)
+
+    monkeypatch.setattr(products, "_onednn", counted)
+    return made
+
+
+def check(ours: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    assert ours.is_contiguous()
+    assert_close_to_fp64(ours, a @ b, a.double() @ b.double(), roundings=2.0)
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 67, 600])
+@pytest.mark.parametrize(("inner", "width"), [(7, 13), (33, 8)])
+def test_products_are_as_exact_as_torch(calls, rows: int, inner: int, width: int) -> None:
+    a, b = torch.randn(rows, inner), torch.randn(width, inner)
+    check(products.product(a, b.t()), a, b.t())
+    check(products.product(a, b.t().contiguous()), a, b.t())
+    out = torch.full((rows + 2, width), 7.0)
+    assert products.product(a, b.t(), out=out[1:-1]) is not None
+    check(out[1:-1], a, b.t())
+    assert (out[[0, -1]] == 7.0).all()
+    other = torch.randn(rows, width)
+    check(products.product_over_rows(a, other), a.t(), other)
+    check(products.product_over_rows(other, a), other.t(), a)
+    for left, right in ((a, other), (other, a)):
+        total = torch.full((left.shape[1], right.shape[1]), 3.0)
+        assert products.product_over_rows(left, right, total) is total
+        torch.testing.assert_close(total, 3.0 + left.t() @ right, rtol=1e-5, atol=1e-4)
+    total = torch.full((rows, width), 3.0)
+    products.add_product(total, a, b.t())
+    torch.testing.assert_close(total, 3.0 + a @ b.t(), rtol=1e-5, atol=1e-4)
+    assert bool(calls) == (rows >= 16)
+
+
+def test_few_shapes_cover_all_numbers_of_rows(calls) -> None:
+    """oneDNN compiles code for each."""
+    rows = {products._rows_for_onednn(torch.empty(number, 1), 1) for number in range(1, 8193)}
+    assert len(rows) < 120
+    assert all(number - products._rows_for_onednn(torch.empty(number, 1), 1) < max(16, number / 15) for number in rows)
+
+
+def test_small_products_other_dtypes_and_other_processors_take_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "has_faster_onednn", lambda: True)
+    large = torch.empty(256, 256)
+    assert products._rows_for_onednn(large, 256) == 256
+    assert products._rows_for_onednn(large[:16], 64) == 0
+    assert products._rows_for_onednn(large.double(), 256) == 0
+    monkeypatch.setattr(products, "has_faster_onednn", lambda: False)
+    assert products._rows_for_onednn(large, 256) == 0
+
+
+def test_intel_processors_keep_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    for is_intel in (True, False):
+        monkeypatch.setattr(products, "_is_intel", lambda is_intel=is_intel: is_intel)
+        products.has_faster_onednn.cache_clear()
+        assert products.has_faster_onednn() != is_intel
+    products.has_faster_onednn.cache_clear()
