@@ -13,10 +13,15 @@ from dataclasses import dataclass
 import torch
 from aot_launches import meta
 
+from megatron_qwen import ops
+from megatron_qwen.kernels import backends
 from megatron_qwen.kernels.grouped_mlp import launch as grouped_mlp
+from megatron_qwen.kernels.grouped_mlp import op as mlp_op
 from megatron_qwen.kernels.grouped_mlp.inputs import Inputs
 from megatron_qwen.kernels.moe_permute import kernel as moe_permute
+from megatron_qwen.kernels.moe_permute import op as permute_op
 from megatron_qwen.kernels.moe_routing import kernel as moe_routing
+from megatron_qwen.kernels.moe_routing import op as routing_op
 from megatron_qwen.testing.aot import MachineCode, compile_launches
 
 TOKENS = 8192
@@ -77,9 +82,28 @@ def launch_experts(sizes: Sizes, dtype: torch.dtype) -> None:
     grouped_mlp.backward(x, inputs, *kept, buffers)
 
 
+def launch_block(sizes: Sizes, dtype: torch.dtype) -> None:
+    """All that a training step runs of the three operations; the host cannot read a value of a meta tensor."""
+    x, logits = meta(TOKENS, sizes.hidden, dtype=dtype), meta(TOKENS, sizes.experts, dtype=dtype)
+    weights, experts, _, _, sums, z_sum = routing_op._forward(logits, sizes.topk, False)
+    source, positions, offsets = permute_op._order(experts, sizes.experts)
+    fc1 = [meta(2 * sizes.width, sizes.hidden, dtype=dtype)] * sizes.experts
+    fc2 = [meta(sizes.hidden, sizes.width, dtype=dtype)] * sizes.experts
+    shapes = (2 * sizes.shared, sizes.hidden), (sizes.hidden, sizes.shared), (1, sizes.hidden)
+    inputs = Inputs(x, weights, offsets, source, positions, fc1, fc2, [meta(*shape, dtype=dtype) for shape in shapes])
+    y, *kept = mlp_op._forward(*inputs, False)
+    _, grad_weights, *_ = mlp_op._backward(y, *inputs, *kept)
+    routing_op._backward(grad_weights, sums, z_sum, logits, experts, False)
+
+
 def launches() -> dict[str, Callable[[], None]]:
     """Launch by label: operation, model, dtype."""
-    operations = {"routing": launch_routing, "permute": launch_permute, "experts": launch_experts}
+    operations = {
+        "routing": launch_routing,
+        "permute": launch_permute,
+        "experts": launch_experts,
+        "block": launch_block,
+    }
     return {
         f"{operation} {model} {label}": lambda launch=launch, sizes=sizes, dtype=dtype: launch(sizes, dtype)
         for operation, launch in operations.items()
@@ -109,5 +133,7 @@ def facts(label: str, code: MachineCode) -> dict[str, object]:
 if __name__ == "__main__":
     architecture, wanted = int(sys.argv[1]), sys.argv[2:]
     table = launches()
-    codes = [(label, code) for label in wanted or table for code in compile_launches(table[label], architecture)]
+    backends._obstacle = lambda *arguments: ""  # Triton takes meta tensors here
+    with ops.use_backend("triton"):
+        codes = [(label, code) for label in wanted or table for code in compile_launches(table[label], architecture)]
     print(json.dumps([facts(label, code) for label, code in codes]))

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 
 PROGRAM = Path(__file__).parent / "aot_moe_launches.py"
 # Compiled in every run; the rest of the table is exhaustive.
-SOME = ("routing a2.7b bf16", "permute a2.7b bf16", "experts a2.7b bf16")
+SOME = ("routing a2.7b bf16", "permute a2.7b bf16", "experts a2.7b bf16", "block a2.7b bf16")
 GEMMS = {"up_kernel", "down_kernel", "activation_backward_kernel", "weight_gradient_kernel"}
 # Shared memory of a block: 227 KiB on sm_90, 163 KiB on sm_80.
 SHARED = {90: 227 * 1024, 80: 163 * 1024}
@@ -39,11 +39,13 @@ def check(row: dict[str, Any]) -> None:
     assert row["spilled"] == 0, where
     assert row["shared"] <= SHARED[row["architecture"]], where
     assert row["atomics"] == 0, f"results must not depend on the order of threads; {where}"
-    if not row["label"].startswith("experts") or row["kernel"] not in GEMMS or "fp32" in row["label"]:
+    if not row["label"].startswith(("experts", "block")) or row["kernel"] not in GEMMS or "fp32" in row["label"]:
         return
     if row["architecture"] == 90:
         assert row["wgmma"] > 0, where
         assert row["mma"] == 0, f"tensor cores by the instructions of an earlier architecture; {where}"
+    else:
+        assert row["mma"] > 0, where
     if "odd" not in row["label"]:
         assert row["wide_asynchronous"] > 0, f"tiles are not copied ahead, 16 bytes at a time; {where}"
         assert row["wide_stores"] > 0, where
