@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import json
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -253,3 +259,19 @@ def test_ready_made_specifications_take_the_layer():
     for moe in (spec.layer_spec(backend="local", num_experts=8), spec._cached_layer_spec("local", 8, False)):
         mlp = moe.submodules.mlp
         assert (mlp.func if hasattr(mlp, "func") else mlp.module) is QwenMoELayer
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed in this environment")
+def test_the_same_modules_run_on_triton():
+    script = Path(__file__).with_name("moe_on_triton.py")
+    done = subprocess.run(
+        [sys.executable, script],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    errors = json.loads(done.stdout.splitlines()[-1])
+    assert len(errors) == 2 * (2 + 1 + 2 * 4 + 3)
+    assert max(errors) < 1e-5
