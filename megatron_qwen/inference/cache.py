@@ -153,19 +153,25 @@ def _first_tokens(pages: torch.Tensor, table: Sequence[int], length: int) -> tor
 
 
 def _require_memory(shape: CacheShape, num_pages: int, device: torch.device) -> None:
-    import psutil
-
-    needed = num_pages * shape.page_bytes
-    if device.type == "cuda":
-        available, where = int(torch.cuda.mem_get_info(device)[0]), "the GPU"
-    else:
-        available, where = int(psutil.virtual_memory().available), "this machine"
+    needed, available = num_pages * shape.page_bytes, _free_memory(device)
+    where = "the GPU" if device.type == "cuda" else "this machine"
     if needed > available:
         raise ConfigError(
             f"key-value cache: {num_pages:,} pages of {shape.page_size} tokens need {_size(needed)} on this rank, "
             f"{_size(available)} of {where} are free. Give fewer or shorter prompts at once, limit the cache's tokens "
             "(--cache-tokens, cache_tokens=) so that prompts wait for one another, or use more ranks"
         )
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that can be allocated on a device, or in this machine's memory."""
+    if device.type != "cuda":
+        import psutil
+
+        return int(psutil.virtual_memory().available)
+    # What torch has taken from the device and does not use: the cache of the call before this one, for example.
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + kept
 
 
 def _size(size: int) -> str:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_qwen.errors import ConfigError
+from megatron_qwen.inference import cache as cache_module
 from megatron_qwen.inference.cache import CacheShape, PagedCache, gather
 
 
@@ -73,3 +74,10 @@ def test_memory_that_is_not_there_is_named_before_it_is_touched() -> None:
         PagedCache(shape, 10_000_000, torch.device("cpu"))
     with pytest.raises(ConfigError, match="got 0, expected at least 1"):
         CacheShape(num_layers=1, num_heads=1, head_dim=2, dtype=torch.float32, page_size=0)
+
+
+def test_memory_that_torch_keeps_on_a_gpu_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"mem_get_info": (1000, 9000), "memory_reserved": 7000, "memory_allocated": 3000}
+    for name, value in sizes.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _device, value=value: value)
+    assert cache_module._free_memory(torch.device("cuda")) == 5000
