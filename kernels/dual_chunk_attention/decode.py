@@ -47,7 +47,7 @@ def _decode(
         if length == 0:
             continue
         pages = page_table[index, : -(-length // page)].long()
-        k, v = (each[pages].flatten(0, 1)[None, :length] for each in (key_pages, value_pages))
+        k, v = (_tokens(each, pages)[None, :length] for each in (key_pages, value_pages))
         request = AttentionRequest(
             chunks=layout,
             tables=tables,
@@ -61,6 +61,13 @@ def _decode(
         )
         output[index] = blockwise.forward(q[None, None, index], k, v, request)[0][0, 0]
     return output
+
+
+def _tokens(heads: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+    """Tokens [T, Hkv, D] of these pages; a view where they follow each other."""
+    first = int(pages[0])
+    is_run = bool((pages.diff() == 1).all())
+    return (heads[first : first + len(pages)] if is_run else heads[pages]).flatten(0, 1)
 
 
 def _decode_fake(q: torch.Tensor, *rest: object) -> torch.Tensor:

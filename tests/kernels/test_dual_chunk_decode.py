@@ -8,6 +8,7 @@ import dual_chunk_checks as checks
 import pytest
 import torch
 from dual_chunk_checks import Example
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_qwen import ops
 from megatron_qwen.errors import ConfigError
@@ -91,6 +92,36 @@ def test_queries_that_are_rotated_by_the_caller() -> None:
         for queries, tables in ((last_rows(q), options["tables"]), (by_caller, None))
     ]
     torch.testing.assert_close(*found)
+
+
+class Gathered(TorchDispatchMode):
+    """Counts how often pages are indexed."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.index.Tensor and args[0].dim() == 4
+        return func(*args, **(kwargs or {}))
+
+
+def test_pages_in_a_row_are_not_copied_and_give_the_same_bits() -> None:
+    (q, k, v, _), options = example(RELEASED, torch.float32)
+    key_pages, value_pages, table = paged(k, v, LENGTHS, seed=4)
+    used = table >= 0
+    in_a_row = table.clone()
+    in_a_row[used] = torch.arange(int(used.sum()), dtype=torch.int32)
+    moved = [torch.cat([pages[table[used].long()], pages[:2]]) for pages in (key_pages, value_pages)]
+    found, gathered = [], []
+    for pages in ((key_pages, value_pages, table), (*moved, in_a_row)):
+        with Gathered() as seen:
+            found.append(
+                ops.paged_decode_attention(
+                    last_rows(q), *pages, torch.tensor(LENGTHS), chunks=RELEASED, tables=options["tables"]
+                )
+            )
+        gathered.append(seen.count)
+    assert torch.equal(*found)
+    assert gathered[0] > 0 == gathered[1]
 
 
 def test_compiles_as_one_graph_and_passes_opcheck() -> None:
