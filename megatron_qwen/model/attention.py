@@ -125,7 +125,7 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]  # megatron-core is u
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSeqParams
     ) -> torch.Tensor:
         # One call per sequence: neither a [S, T] mask nor a token of another sequence is ever touched.
-        query_bounds, key_bounds = packed.cu_seqlens_q.tolist(), packed.cu_seqlens_kv.tolist()
+        query_bounds, key_bounds = packed_bounds(packed).tolist(), packed_bounds(packed, of_keys=True).tolist()
         outs = []
         for q, q_end, k, k_end in zip(query_bounds, query_bounds[1:], key_bounds, key_bounds[1:], strict=False):
             parts = query[q:q_end], key[k:k_end], value[k:k_end]
@@ -178,10 +178,11 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]  # megatron-core is u
             attention = CausalAttention(
                 chunks=dual.chunks_at(length), tables=dual.tables(query.device), softmax_scale=self.softmax_scale
             )
-            rows, offset = query.shape[0], key.shape[0] - query.shape[0]
-            logit_scale = dual.logit_scale(
-                rank_positions(rows, packed, query.device, offset=offset, group=self.cp_group)
-            )
+            if dual.has_temperature(length):
+                rows, offset = query.shape[0], key.shape[0] - query.shape[0]
+                logit_scale = dual.logit_scale(
+                    rank_positions(rows, packed, query.device, offset=offset, group=self.cp_group)
+                )
         bounds = None if packed is None else packed_bounds(packed)
         if self.cp_group is None:
             output = _on_one_rank(query, key, value, attention, bounds, logit_scale)

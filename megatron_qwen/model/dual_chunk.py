@@ -60,7 +60,11 @@ class DualChunk:
 
     def is_active(self, length: int) -> bool:
         """Whether a sequence of `length` tokens is attended otherwise than by ordinary causal attention."""
-        return length > self.chunks.stride or 0 < self.original_length < length
+        return length > self.chunks.stride or self.has_temperature(length)
+
+    def has_temperature(self, length: int) -> bool:
+        """Whether logits of a sequence of `length` tokens are scaled."""
+        return 0 < self.original_length < length
 
     def chunks_at(self, length: int) -> ops.ChunkLayout | None:
         """Return the layout for sequences of up to `length` tokens; None where all are within one chunk."""
@@ -127,10 +131,11 @@ def rank_positions(
     return _positions_of(tokens * size, size, rank, device) + offset
 
 
-def packed_bounds(packed: PackedSeqParams) -> torch.Tensor:
+def packed_bounds(packed: PackedSeqParams, *, of_keys: bool = False) -> torch.Tensor:
     """Return the boundaries of packed sequences in memory, with their padding where they have some."""
-    bounds: torch.Tensor = packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
-    return bounds
+    padded: torch.Tensor | None = packed.cu_seqlens_kv_padded if of_keys else packed.cu_seqlens_q_padded
+    bounds: torch.Tensor = packed.cu_seqlens_kv if of_keys else packed.cu_seqlens_q
+    return bounds if padded is None else padded
 
 
 _POSITIONS = PerTensor()

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_qwen.errors import ConfigError
@@ -85,11 +86,26 @@ def test_packed_sequences_do_not_see_each_other():
     lengths = [5, 1, 9]
     bounds = torch.tensor([0, 5, 6, 15], dtype=torch.int32)
     q, k, v = (x.squeeze(1) for x in inputs(15, 15, batch=1))
-    packed = SimpleNamespace(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
     ours = core()(q, k, v, None, packed_seq_params=packed)
     parts = zip(*(x.unsqueeze(1).split(lengths) for x in (q, k, v)), lengths, strict=True)
     expected = [by_the_formula(*part, future(n, n))[:, 0] for *part, n in parts]
     torch.testing.assert_close(ours, torch.cat(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_padding_behind_packed_sequences_is_in_memory():
+    padded = torch.tensor([0, 8, 12], dtype=torch.int32)
+    bounds = torch.tensor([0, 5, 9], dtype=torch.int32)
+    q, k, v = (x.squeeze(1) for x in inputs(12, 12, batch=1))
+    packed = PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
+    )  # fmt: skip
+    ours = core()(q, k, v, None, packed_seq_params=packed)
+    assert ours.shape[0] == 12, "every row in memory has its own output, of which those of padding mean nothing"
+    for first, last in ((0, 5), (8, 12)):
+        expected = by_the_formula(*(x[first:last, None] for x in (q, k, v)), future(last - first, last - first))
+        torch.testing.assert_close(ours[first:last], expected[:, 0], rtol=1e-5, atol=1e-5)
 
 
 def test_dropout_acts_in_training_only():
@@ -108,10 +124,10 @@ def test_what_it_does_not_do_is_refused():
         core()(q, k, v, None, attention_bias=torch.zeros(4, 4))
     config = tiny_dense().to_transformer_config()
     config.context_parallel_size = 2
-    with pytest.raises(ConfigError, match="cp_comm_type: got 'a2a', expected 'p2p' .* or 'all_gather'"):
+    with pytest.raises(ConfigError, match=r"cp_comm_type: got 'a2a', expected 'p2p' .* or 'all_gather'"):
         CoreAttention(config, 1, AttnMaskType.causal, "self", cp_comm_type="a2a")
-    with pytest.raises(ConfigError, match="attention_dropout: got 0.1; expected 0 with context parallelism"):
+    with pytest.raises(ConfigError, match=r"attention_dropout: got 0\.1; expected 0 with context parallelism"):
         CoreAttention(config, 1, AttnMaskType.causal, "self", attention_dropout=0.1)
     alone = SimpleNamespace(cp=SimpleNamespace(size=lambda: 1))
-    with pytest.raises(ConfigError, match="context_parallel_size: got 2, but the .* group is one of 1 ranks"):
+    with pytest.raises(ConfigError, match=r"context_parallel_size: got 2, but the .* group is one of 1 ranks"):
         CoreAttention(config, 1, AttnMaskType.causal, "self", pg_collection=alone)

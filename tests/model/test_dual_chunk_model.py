@@ -140,6 +140,8 @@ def test_the_temperature_is_that_of_the_tokens_seen():
     scale = dual.logit_scale(torch.tensor([0, 262_143, 1_009_999]))
     assert scale.tolist() == pytest.approx([1.0, 1.0, 1.28796], rel=1e-5)  # 1.13488 squared, as the 1M models have it
     assert dual_of().logit_scale(torch.arange(4)) is None
+    assert [dual.has_temperature(length) for length in (0, 262_144, 262_145)] == [False, False, True]
+    assert not dual_of().has_temperature(1 << 30)
 
 
 def test_frequencies_and_tables_are_those_of_megatrons_modules():
