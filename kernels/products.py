@@ -21,7 +21,7 @@ STEPS_PER_OCTAVE = 16
 # Below this many multiplications oneDNN's 10 us per call cost more than it saves.
 FEWEST_MULTIPLICATIONS = 2**21
 # Terms of a sum that are added in one go: a layer of experts keeps to the rule of testing/compare.py. By 512 it fails.
-MOST_TERMS = 192
+MOST_TERMS = 256
 
 
 def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -72,15 +72,25 @@ def _rows_for_onednn(a: torch.Tensor, width: int) -> int:
 
 
 def _onednn(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return a b^T of a [M, K] and b [N, K] by the operation that torch.compile's CPU code calls for linear layers."""
-    multiply = torch.ops.mkldnn._linear_pointwise
-    parts = max(1, -(-a.shape[1] // MOST_TERMS))
-    pairs = zip(a.tensor_split(parts, dim=1), b.tensor_split(parts, dim=1), strict=True) if parts > 1 else [(a, b)]
-    terms = (multiply(left, right, None, "none", [], "") for left, right in pairs)
-    total: torch.Tensor = next(terms)
-    for term in terms:
-        total += term
+    """Return a b^T of a [M, K] and b [N, K], in parts of MOST_TERMS."""
+    parts = -(-a.shape[1] // MOST_TERMS)
+    if parts <= 1:
+        return _multiply(a, b)
+    pairs = zip(a.tensor_split(parts, dim=1), b.tensor_split(parts, dim=1), strict=True)
+    total = _multiply(*next(pairs))
+    for pair in pairs:
+        total += _multiply(*pair)
     return total
+
+
+def _multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return a b^T by the operation that torch.compile's CPU code calls for linear layers.
+
+    Rows of b at a distance of more than their length take a hundred times as long, so they are copied.
+    """
+    if not (b.is_contiguous() or b.t().is_contiguous()):
+        b = b.contiguous()
+    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")  # type: ignore[no-any-return]
 
 
 @functools.cache

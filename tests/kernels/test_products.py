@@ -31,8 +31,24 @@ def check(ours: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     assert_close_to_fp64(ours, a @ b, a.double() @ b.double(), roundings=2.0)
 
 
+def test_onednn_gets_no_rows_that_are_apart(calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It multiplies those, but a hundred times as slowly."""
+    given: list[torch.Tensor] = []
+
+    def multiply(a: torch.Tensor, b: torch.Tensor, *options: object) -> torch.Tensor:
+        given.append(b)
+        return a @ b.t()
+
+    monkeypatch.setattr(products.torch.ops.mkldnn, "_linear_pointwise", multiply)
+    a, b = torch.randn(32, 500), torch.randn(8, 500)
+    for transposed in (b.t(), b.t().contiguous()):
+        torch.testing.assert_close(products.product(a, transposed), a @ transposed, rtol=1e-4, atol=1e-4)
+    assert len(given) == 4
+    assert all(each.is_contiguous() or each.t().is_contiguous() for each in given)
+
+
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 67, 600])
-@pytest.mark.parametrize(("inner", "width"), [(7, 13), (33, 8)])
+@pytest.mark.parametrize(("inner", "width"), [(7, 13), (33, 8), (450, 40)])
 def test_products_are_as_exact_as_torch(calls, rows: int, inner: int, width: int) -> None:
     a, b = torch.randn(rows, inner), torch.randn(width, inner)
     check(products.product(a, b.t()), a, b.t())
