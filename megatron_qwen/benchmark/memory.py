@@ -27,6 +27,8 @@ _STATE_BYTES = {
 _DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 # Interpreter and libraries; on a GPU its context.
 _PROCESS_BYTES = 600e6
+# Logits at a time of the loss without logits (kernels/linear_cross_entropy).
+_CHUNK_NUMBERS = {"cpu": 2**21, "cuda": 2**27}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +68,30 @@ def demand(config: QwenConfig, *, dtype: str, tokens: int, contestant: str = "me
         mlp = config.moe_intermediate_size * config.num_experts_per_tok + config.shared_expert_intermediate_size
     # Per layer and token: inputs of two norms and four matrices, q, k, v before and after rotation, gate, up, product.
     per_layer = size * (6 * hidden + 3 * qkv + 3 * mlp)
+    parameters = count_parameters(config).total
     return Demand(
-        states=float(count_parameters(config).total * _STATE_BYTES[contestant, dtype]),
+        states=float(parameters * _STATE_BYTES[contestant, dtype]),
         activations=float(config.num_hidden_layers * tokens * per_layer),
-        # The logits and their gradient, exp(logits) in fp32 beside a copy of them, and a gradient of the embedding.
-        logits=float(tokens * config.vocab_size * (2 * size + 8) + config.vocab_size * hidden * size),
+        logits=_logits_bytes(config, dtype, tokens, contestant),
     )
+
+
+def _logits_bytes(config: QwenConfig, dtype: str, tokens: int, contestant: str) -> float:
+    """Of what the loss makes; see `Demand`."""
+    import torch
+
+    size, vocabulary = _DTYPE_BYTES[dtype], config.vocab_size
+    # As `model.loss.resolve_fusion` decides.
+    by_default = dtype == "bf16" and not torch.cuda.is_available()
+    if contestant == "megatron_qwen-fused" or (contestant == "megatron_qwen" and by_default):
+        # Some rows of the vocabulary at a time.
+        return float(
+            min(tokens * vocabulary, _CHUNK_NUMBERS["cuda" if torch.cuda.is_available() else "cpu"]) * (2 * size + 8)
+        )
+    # The logits and their gradient, and exp(logits) in fp32 beside a copy of them.
+    logits = float(tokens * vocabulary * (2 * size + 8))
+    # Ours adds the embedding's rows to its gradient buffer (`model.embedding`).
+    return logits if contestant.startswith("megatron_qwen") else logits + vocabulary * config.hidden_size * size
 
 
 def require_memory(

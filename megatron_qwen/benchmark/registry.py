@@ -61,6 +61,18 @@ CASES = (
         # Losses of the same weights on the same tokens.
         tolerance={"fp32": 1e-4, "bf16": 2e-2},
     ),
+    Case(
+        name="moe",
+        unit="tokens",
+        contestants=(
+            Contestant(name="megatron_qwen", factory=f"{_CASES}.moe_layer:OurLayer"),
+            Contestant(name="megatron-core", factory=f"{_CASES}.moe_layer:MegatronLayer"),
+            Contestant(name="transformers", factory=f"{_CASES}.moe_layer:TransformersLayer"),
+            Contestant(name="transformers-loop", factory=f"{_CASES}.moe_layer:TransformersLoopLayer"),
+        ),
+        # Norms of the output and of all gradients. A token between two experts may take either in 16 bits.
+        tolerance={"fp32": 1e-4, "bf16": 2e-2},
+    ),
     # What they do differs by arguments, and they agree bit for bit: see `cases/convert.py`.
     Case(
         name="convert",

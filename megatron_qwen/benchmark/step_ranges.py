@@ -46,7 +46,8 @@ def module_kind(path: str, module: torch.nn.Module) -> str | None:
     if "experts" in around or "shared_experts" in around or isinstance(module, torch.nn.ModuleList):
         return None
     if name == "mlp" and hasattr(module, "router"):
-        return "dispatch"
+        # In one operation where all experts are on this rank; elsewhere its parts are modules of their own.
+        return "experts + shared expert" if getattr(module, "in_one_operation", False) else "dispatch"
     if around and around[-1] == "layers":
         return "residual"
     return _KINDS.get(name)
@@ -68,9 +69,14 @@ def named_ranges(step: TrainStep) -> Iterator[None]:
             around(chunk, "zero_grad_buffer", "zero gradients")
             around(chunk.module, "compute_language_model_loss", "loss")
             around(chunk.module, "compute_fused_loss", "output GEMM + loss")
+            fused = [
+                f"{path}." for path, each in chunk.module.named_modules() if getattr(each, "in_one_operation", False)
+            ]
             for path, module in chunk.module.named_modules():
                 kind = module_kind(path, module)
-                if kind is not None:
+                # Within one operation no module but the router runs, though pre-hooks are called: a range would not end.
+                is_inside = any(path.startswith(each) for each in fused) and kind != "router"
+                if kind is not None and not is_inside:
                     stack.enter_context(_module_range(module, kind))
         around(step_module, "lm_loss", "loss")
         around(config, "finalize_model_grads_func", "gradient reduction")

@@ -32,6 +32,7 @@ def register(app: typer.Typer) -> None:
     bench.command("data")(data)
     bench.command("convert")(convert)
     bench.command("ops")(bench_ops.ops)
+    bench.command("moe")(moe)
     app.add_typer(bench, name="bench")
 
 
@@ -108,6 +109,45 @@ def train(
         profile = {"steps": PROFILED_STEPS, "flops": flops} if breakdown else None
         report = _measure("train", arguments, setting, vs or [], threads, warmup, steps, profile)
     _show(report, out, json_output)
+
+
+def moe(
+    experts: Annotated[int, typer.Option(help="Routed experts.")] = 60,
+    topk: Annotated[int, typer.Option(help="Experts of each token.")] = 4,
+    hidden: Annotated[int, typer.Option(help="Hidden size.")] = 512,
+    ffn: Annotated[int, typer.Option(help="Width of a routed expert.")] = 352,
+    shared_ffn: Annotated[int | None, typer.Option(help="Width of the shared expert. [default: topk x ffn]")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens.")] = 2048,
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    threads: Annotated[int | None, typer.Option(help="Threads of each contestant. [default: all cores]")] = None,
+    vs: Annotated[
+        list[str] | None,
+        typer.Option(help="megatron-core, transformers, transformers-loop; may be repeated. [default: all]"),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Measured steps of each contestant.")] = 10,
+    warmup: Annotated[int, typer.Option(help="Steps of each contestant before measuring.")] = 2,
+    out: Annotated[Path | None, typer.Option(help="Folder for moe.json, moe.csv (appended) and moe.png.")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Time one MoE layer, forward and backward, against Megatron-Core's sequential experts and transformers'."""
+    from megatron_qwen.benchmark.registry import find_case
+
+    shared = topk * ffn if shared_ffn is None else shared_ffn
+    sizes = {"experts": experts, "topk": topk, "hidden": hidden, "ffn": ffn, "shared_ffn": shared, "tokens": tokens}
+    for name, value in {**sizes, "threads": 1 if threads is None else threads}.items():
+        if value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')}: got {value}, expected at least 1")
+    if topk > experts:
+        raise ConfigError(f"--topk: got {topk}, expected at most --experts ({experts})")
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype: got {dtype!r}, expected one of {DTYPES}")
+    versus = [each.name for each in find_case("moe").contestants[1:]] if vs is None else vs
+    setting = {**sizes, "dtype": dtype, "threads": threads or "all", "flops": "6 per weight and token"}
+    _show(
+        _measure("moe", {"sizes": sizes, "dtype": dtype}, setting, versus, threads, warmup, steps, None),
+        out,
+        json_output,
+    )
 
 
 def data(

@@ -48,7 +48,7 @@ def test_our_training_step_computes_what_transformers_computes_and_both_are_time
 
 def check_breakdown(breakdown: dict[str, Any], flops: float, *, is_moe: bool) -> None:
     parts = {part["kind"]: part for part in breakdown["parts"]}
-    mlp = {"router", "experts", "shared expert", "dispatch"} if is_moe else {"fc1 GEMM", "fc2 GEMM", "swiglu"}
+    mlp = {"router", "experts + shared expert"} if is_moe else {"fc1 GEMM", "fc2 GEMM", "swiglu"}
     twice = {"embedding", "norm", "qkv GEMM", "rope, QKV split", "attention", "proj GEMM", *mlp}
     assert twice <= set(parts)
     for kind in twice:
@@ -95,3 +95,25 @@ def test_bad_requests_are_refused(arguments: list[str], message: str) -> None:
     assert (result.returncode, result.stdout) == (2, "")
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_moe_layers_of_four_libraries_agree_and_are_timed(tmp_path: Path) -> None:
+    # The run itself fails with MismatchError where output or gradients differ.
+    result = run("moe", "--experts", "6", "--topk", "3", "--hidden", "24", "--ffn", "8", "--shared-ffn", "40",
+                 "--tokens", "37", "--steps", "2", "--warmup", "1", "--threads", "1",
+                 "--json", "--out", str(tmp_path))  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    names = ["megatron_qwen", "megatron-core", "transformers", "transformers-loop"]
+    assert [row["contestant"] for row in report["rows"]] == names
+    ours = report["rows"][0]
+    assert ours["amount_per_second"] * ours["seconds"]["median"] == pytest.approx(37)
+    assert ours["flops_per_second"] * ours["seconds"]["median"] == pytest.approx(6 * 37 * 24 * (3 * (24 + 40) + 7))
+    assert all(row["ratio"] > 0 for row in report["rows"])
+    assert {path.name for path in tmp_path.iterdir()} == {"moe.json", "moe.csv", "moe.png"}
+
+
+def test_moe_says_what_is_wrong() -> None:
+    result = run("moe", "--experts", "2", "--topk", "3")
+    assert result.returncode != 0
+    assert "--topk: got 3" in result.stderr
