@@ -21,14 +21,15 @@ def draw_heat_map(table: Mapping[int, Mapping[float, float]], target: Path, *, t
         title: above the plot.
     """
     lengths, depths = list(table), list(next(iter(table.values())))
-    figure, axes = _axes((2.2 + 0.8 * len(lengths), 1.8 + 0.45 * len(depths)))
+    figure, axes = _axes((max(5.0, 2.2 + 0.8 * len(lengths)), 1.8 + 0.45 * len(depths)))
     cells = [[table[length][depth] for length in lengths] for depth in depths]
     image = axes.imshow(cells, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
     for row, shares in enumerate(cells):
         for column, share in enumerate(shares):
-            axes.text(column, row, f"{share:.0%}", ha="center", va="center", fontsize=8)
+            colour = "black" if 0.2 < share < 0.8 else "white"  # on what the map has there
+            axes.text(column, row, f"{share:.0%}", ha="center", va="center", fontsize=8, color=colour)
     axes.set(xlabel="tokens", ylabel="depth of the key")
     axes.set_title(title, fontsize=8)
     figure.colorbar(image, label="found")
