@@ -74,6 +74,16 @@ def test_the_same_bits_for_any_number_of_blocks(emulation: Emulation, multiproce
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
 
+def test_more_rows_than_the_tiles_of_a_band(emulation: Emulation) -> None:
+    """16 blocks of 128 rows are neighbours in the list of tiles; here there are 17 of an expert."""
+    layer = Layer(tokens=2100, experts=1, topk=1, hidden=8, width=136)
+    with ops.use_backend("cuda"):
+        y = layer.moe_mlp(*layer.inputs(BF16))
+    with ops.use_backend("reference"):
+        exact = layer.moe_mlp(*(each.double() for each in layer.inputs(BF16)))
+    torch.testing.assert_close(y.double(), exact, rtol=0, atol=float(exact.abs().max()) * 2**-7)
+
+
 def test_no_row_gets_into_another_experts_results(emulation: Emulation) -> None:
     """Blocks of rows end within a group, so those behind belong to another one: here they are NaN."""
     layer = Layer(tokens=9, experts=3, topk=1, hidden=72, width=40)

@@ -44,10 +44,10 @@ void multiply(const Multiplication& multiplication);
 void commit_multiplications();
 void wait_for_multiplications(std::size_t pending);
 
-// For the scheduler. Of the block that starts; of the thread `thread` or of the block that ends, where nothing may be
-// left; and one outstanding copy of TMA: false if there is none.
+// For the scheduler: when a block starts, and when it ends, where nothing may be under way any more.
 void start_hopper(std::size_t threads, std::size_t shared_bytes);
 void finish_hopper();
+// Performs an outstanding copy of TMA; false if there is none.
 bool perform_one_copy();
 
 }  // namespace emulation
