@@ -14,6 +14,7 @@ from .layout import ChunkLayout
 from .request import AttentionRequest
 
 OP = "dual_chunk_attention"
+KERNEL_HEAD_SIZES = (64, 128)
 
 
 def checked_request(
@@ -176,3 +177,12 @@ def check_backward(grad: torch.Tensor, q: torch.Tensor, output: torch.Tensor, ls
     checks.require_shape(OP, "lse", lse, (*q.shape[:-3], q.shape[-2], q.shape[-3]))
     checks.require_dtype(OP, "lse", lse, torch.promote_types(q.dtype, torch.float32))
     checks.require_device(OP, "lse", lse, q, "q")
+
+
+def unfit(q: torch.Tensor, cos: torch.Tensor | None, scale: float) -> str:
+    """Return why no kernel can take heads like those of q; empty if it can."""
+    if q.shape[-1] not in KERNEL_HEAD_SIZES:
+        return f"heads have {q.shape[-1]} numbers, and kernels take {' or '.join(map(str, KERNEL_HEAD_SIZES))}"
+    if cos is not None and 2 * cos.shape[-1] != q.shape[-1]:
+        return f"{2 * cos.shape[-1]} of {q.shape[-1]} numbers of a head are rotated, and kernels rotate all"
+    return "" if scale > 0.0 else f"softmax_scale is {scale}, and kernels need a positive one"

@@ -14,12 +14,12 @@ from .. import checks
 from ..backends import backend_for, register_operation
 from ..registration import register
 from . import blockwise
-from .arguments import checked_request
+from .arguments import checked_request, unfit
 from .layout import ChunkLayout
 from .request import AttentionRequest
 
 OP = "paged_decode_attention"
-register_operation(OP)
+register_operation(OP, "triton")
 
 
 def _decode(
@@ -36,7 +36,7 @@ def _decode(
 ) -> torch.Tensor:
     layout = ChunkLayout(*chunks) if chunks else None
     tables = None if cos is None or sin is None else (cos, sin)
-    if backend_for(OP, q) != "reference":
+    if backend_for(OP, q, unfit(q, cos, scale)) != "reference":
         launch = importlib.import_module(".decode_kernel", __package__).launch_decode
         return launch(  # type: ignore[no-any-return]
             q, key_pages, value_pages, page_table, lengths, layout, tables, scale, logit_scale

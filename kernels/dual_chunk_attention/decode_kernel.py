@@ -48,7 +48,8 @@ def _part(part, length, stride, splits, BLOCK_KEYS: tl.constexpr):
 def dca_decode_kernel(
     q_ptr, key_ptr, value_ptr, page_table_ptr, lengths_ptr, cos_ptr, sin_ptr, logit_scale_ptr, part_ptr, lse_ptr,
     q_batch, q_head, k_page, k_token, k_head, v_page, v_token, v_head, table_row, table_rows, stride, cap, inter,
-    splits, scale, HEADS: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr, ROTATES: tl.constexpr,
+    splits, scale,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr, ROTATES: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, BLOCK_KEYS: tl.constexpr, WIDENS: tl.constexpr,
 ):  # fmt: skip
     """Write outputs [parts, B, HEADS, D] and log2-sum-exp2 [parts, B, HEADS], fp32, of the query heads of a key head.
@@ -150,6 +151,7 @@ def launch_decode(
     output = q.new_empty(q.shape)
     if not q.numel():
         return output
+    page_table, lengths = page_table.contiguous(), lengths.contiguous()
     (batch, heads, size), heads_k, page = q.shape, key_pages.shape[2], key_pages.shape[1]
     sizes = _blocks(q)
     splits = _splits(batch * heads_k, page_table.shape[1] * page, sizes["BLOCK_KEYS"], q.device)

@@ -317,7 +317,7 @@ def _blocks_of_queries(q: torch.Tensor) -> dict[str, Any]:
     if q.dtype == torch.float32:
         queries, keys, stages = 32 if is_wide else 64, 32, 2
     elif is_before_hopper():
-        queries, keys, stages = 64 if is_wide else 128, 32, 2
+        queries, keys, stages = (64, 16, 2) if is_wide else (128, 32, 2)
     else:
         queries, keys, stages = 128, 64, 2
     return {"BLOCK_QUERIES": queries, "BLOCK_KEYS": keys, "num_warps": 8, "num_stages": stages, "WIDENS": False}
@@ -329,7 +329,7 @@ def _blocks_of_keys(q: torch.Tensor) -> dict[str, Any]:
     if IS_INTERPRETED:
         return {"BLOCK_QUERIES": 16, "BLOCK_KEYS": 16, "WIDENS": q.dtype == torch.bfloat16}
     if q.dtype == torch.float32:
-        queries, keys, stages = 32, 32 if is_wide else 64, 2
+        queries, keys, stages = 16 if is_wide else 32, 32, 2
     elif is_before_hopper():
         queries, keys, stages = 32, 64 if is_wide else 128, 2
     else:
