@@ -60,20 +60,18 @@ def _forward_run(
 ) -> None:
     """Write output and lse of a run's rows."""
     output, lse = into
-    total: torch.Tensor | None = None
-    variant, rotated = -1, q_BSHD
-    for piece in run.pieces:
+    total = rotated = q_BSHD
+    variant = -1
+    for index, piece in enumerate(run.pieces):
         if piece.variant != variant:
             variant, rotated = piece.variant, rotation.queries(q_BSHD, run.first_row, run.last_row, piece.variant)
-        rows = slice(piece.first_row - run.first_row, None)
         columns = slice(piece.first_key, piece.last_key)
-        part, part_lse = pieces.attend(rotated[:, rows], k_BKGD[:, columns], v_BKGD[:, columns], scale, piece.is_causal)
-        if len(run.pieces) == 1:
-            output[:, rows], lse[:, :, rows] = part, part_lse
-            return
-        if total is None:
-            total = torch.zeros(output.shape, dtype=lse.dtype, device=lse.device)
-        _fold(total[:, rows], lse[:, :, rows], part, part_lse)
+        part, part_lse = pieces.attend(rotated, k_BKGD[:, columns], v_BKGD[:, columns], scale, piece.is_causal)
+        if index:
+            _fold(total, lse, part, part_lse)
+        else:
+            total = part.to(lse.dtype)
+            lse.copy_(part_lse)
     output.copy_(total)
 
 
@@ -122,25 +120,21 @@ def _backward_run(
     scale: float,
     sums: list[torch.Tensor],
 ) -> torch.Tensor:
-    """Return the gradient of a run's queries, wide, and add those of rotated keys and of values to sums."""
-    grad, output, lse = of_rows
-    total = torch.zeros(grad.shape, dtype=lse.dtype, device=lse.device)
+    """Return the gradient of a run's queries, wide, and add those of rotated keys and of values to sums.
+
+    of_rows: gradient and value of the output, and lse.
+    """
+    total = torch.zeros(of_rows[0].shape, dtype=of_rows[2].dtype, device=of_rows[2].device)
     of_variant = torch.zeros_like(total)
     variant, rotated = -1, q_BSHD
     for index, piece in enumerate(run.pieces):
         if piece.variant != variant:
             variant, rotated = piece.variant, rotation.queries(q_BSHD, run.first_row, run.last_row, piece.variant)
             of_variant.zero_()
-        rows = slice(piece.first_row - run.first_row, None)
         columns = slice(piece.first_key, piece.last_key)
-        parts = pieces.attend_backward(
-            (grad[:, rows], output[:, rows], lse[:, :, rows]),
-            rotated[:, rows],
-            *(each[:, columns] for each in keys_values),
-            scale,
-            piece.is_causal,
-        )
-        for into, part in zip((of_variant[:, rows], *(each[:, columns] for each in sums)), parts, strict=True):
+        keys, values = (each[:, columns] for each in keys_values)
+        parts = pieces.attend_backward(of_rows, rotated, keys, values, scale, piece.is_causal)
+        for into, part in zip((of_variant, *(each[:, columns] for each in sums)), parts, strict=True):
             into.add_(part)
         if index + 1 == len(run.pieces) or run.pieces[index + 1].variant != variant:
             total.add_(rotation.queries_back(of_variant, run.first_row, run.last_row, variant))

@@ -16,19 +16,15 @@ INTRA, SUCC, INTER = range(3)
 
 @dataclass(frozen=True)
 class Piece:
-    """Some rows against some keys.
+    """The rows of a run against some keys.
 
     Attributes:
-        first_row: of q.
-        last_row: the one behind the last.
         first_key: of k.
         last_key: the one behind the last.
         variant: INTRA, SUCC or INTER.
-        is_causal: row first_row + t sees the keys up to first_key + t; otherwise each row sees all of them.
+        is_causal: row t of the run sees the keys up to first_key + t; otherwise each row sees all of them.
     """
 
-    first_row: int
-    last_row: int
     first_key: int
     last_key: int
     variant: int
@@ -67,29 +63,24 @@ def runs(
     while first < end:
         chunk_end = end if chunks is None else (first // chunks.stride + 1) * chunks.stride
         last = min(first + longest, chunk_end, end)
-        pieces = tuple(_pieces(chunks, (first, last), (key_start, key_start + columns), query_start))
+        pieces = tuple(_pieces(chunks, (first, last), (key_start, key_start + columns)))
         if pieces:
             yield Run(first - query_start, last - query_start, pieces)
         first = last
 
 
-def _pieces(
-    chunks: ChunkLayout | None, rows: tuple[int, int], keys: tuple[int, int], query_start: int
-) -> Iterator[Piece]:
-    """Those of positions rows[0] to rows[1] of one chunk, with keys at positions keys[0] to keys[1]."""
+def _pieces(chunks: ChunkLayout | None, rows: tuple[int, int], keys: tuple[int, int]) -> Iterator[Piece]:
+    """Those of positions rows[0] to rows[1], of one chunk and none before the first key, with keys[0] to keys[1]."""
     first, last = rows
     own = 0 if chunks is None else first // chunks.stride * chunks.stride
     previous = 0 if chunks is None else max(own - chunks.stride, 0)
-
-    def piece(from_row: int, from_key: int, to_key: int, variant: int, is_causal: bool) -> Iterator[Piece]:
-        from_key, to_key = max(from_key, keys[0]), min(to_key, keys[1])
-        if from_row < last and from_key < to_key:
-            numbers = from_row - query_start, last - query_start, from_key - keys[0], to_key - keys[0]
-            yield Piece(*numbers, variant, is_causal)
-
-    yield from piece(first, 0, previous, INTER, False)
-    yield from piece(first, previous, own, SUCC, False)
-    yield from piece(first, own, first, INTRA, False)
-    # Keys among the rows' own positions; if they begin later than the rows, so do the rows that see any.
-    diagonal = max(first, keys[0])
-    yield from piece(diagonal, diagonal, last, INTRA, True)
+    spans = (
+        (0, previous, INTER, False),
+        (previous, own, SUCC, False),
+        (own, first, INTRA, False),
+        (first, last, INTRA, True),
+    )
+    for start, end, variant, is_causal in spans:
+        start, end = max(start, keys[0]), min(end, keys[1])
+        if start < end:
+            yield Piece(start - keys[0], end - keys[0], variant, is_causal)

@@ -12,7 +12,7 @@ from dual_chunk_checks import Example
 
 from megatron_qwen import ops
 from megatron_qwen.errors import ConfigError
-from megatron_qwen.kernels.dual_chunk_attention import layout
+from megatron_qwen.kernels.dual_chunk_attention import layout, pieces
 from megatron_qwen.kernels.dual_chunk_attention.segments import runs
 from megatron_qwen.testing.compare import assert_relative
 
@@ -28,12 +28,10 @@ def test_pieces_hold_every_visible_pair_once(chunks: ops.ChunkLayout | None, lon
         for run in runs(chunks, query_start, rows, key_start, columns, longest):
             assert 0 < run.last_row - run.first_row <= longest
             for piece in run.pieces:
-                assert run.first_row <= piece.first_row < piece.last_row == run.last_row
                 assert 0 <= piece.first_key < piece.last_key <= columns
-                for i, j in itertools.product(
-                    range(piece.first_row, piece.last_row), range(piece.first_key, piece.last_key)
-                ):
-                    if not piece.is_causal or j - piece.first_key <= i - piece.first_row:
+                keys = range(piece.first_key, piece.last_key)
+                for i, j in itertools.product(range(run.first_row, run.last_row), keys):
+                    if not piece.is_causal or j - piece.first_key <= i - run.first_row:
                         assert seen.setdefault((i, j), piece.variant) == piece.variant
                         seen[i, j] += 10
         stride = 10**6 if chunks is None else chunks.stride
@@ -43,6 +41,14 @@ def test_pieces_hold_every_visible_pair_once(chunks: ops.ChunkLayout | None, lon
             if j + key_start <= i + query_start
         }
         assert seen == expected
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_a_single_causal_row_sees_the_first_key(heads: int) -> None:
+    q, k, v = (torch.randn(2, rows, count, 8) for rows, count in ((1, heads), (3, 1), (3, 1)))
+    output, lse = pieces.attend(q, k, v, 0.5, True)
+    torch.testing.assert_close(output, v[:, :1].expand(2, 1, heads, 8))
+    torch.testing.assert_close(lse, 0.5 * torch.einsum("bshd,bsgd->bhs", q, k[:, :1]))
 
 
 def whole(chunks: ops.ChunkLayout | None, dtype: torch.dtype) -> tuple[list[torch.Tensor], dict[str, Any]]:
