@@ -156,7 +156,9 @@ def dca_keys_backward_kernel(
         head, segment = head_k * GROUP + member % GROUP, FIRST_SEGMENT + member // GROUP
         low, high = _queries_of_segment(segment, chunk_begin, begin, stride, key_start, q_start, q_start + q_len)
         # Bases at position 0.
-        q_base = q_ptr + (segment - FIRST_SEGMENT) * q_copy + at * q_batch + head * q_head - before * q_row
+        q_base = (
+            q_ptr + tl.cast(segment - FIRST_SEGMENT, tl.int64) * q_copy + at * q_batch + head * q_head - before * q_row
+        )
         grad_base = grad_ptr + at * grad_batch + head * grad_head - before * grad_row
         of_head = (at * HEADS + head) * rows_q - before
         for query in tl.range(low, high, BLOCK_QUERIES):
@@ -245,7 +247,7 @@ def dca_queries_backward_kernel(
         low, high, masked_from = keys_of_segment(
             segment, chunk_begin, begin, end, stride, q_start, key_start, key_start + k_len, BLOCK_KEYS
         )
-        q1, q2 = load_halves(q_base + (segment - FIRST_SEGMENT) * q_copy, row, q_row, is_row, HALF)
+        q1, q2 = load_halves(q_base + tl.cast(segment - FIRST_SEGMENT, tl.int64) * q_copy, row, q_row, is_row, HALF)
         if WIDENS:
             q1, q2 = q1.to(tl.float32), q2.to(tl.float32)
         dq1 = tl.zeros([BLOCK_QUERIES, HALF], tl.float32)
@@ -260,7 +262,7 @@ def dca_queries_backward_kernel(
                 q1, q2, grad, dq1, dq2, row_scale, exponent, delta, position, k_base, v_base, k_row, v_row, key,
                 high, scale, HALF, BLOCK_KEYS, True, WIDENS,
             )  # fmt: skip
-        out = dq_ptr + (segment - FIRST_SEGMENT) * dq_copy + base + offset
+        out = dq_ptr + tl.cast(segment - FIRST_SEGMENT, tl.int64) * dq_copy + base + offset
         tl.store(out, (dq1 * factor).to(dq_ptr.dtype.element_ty), mask=is_row[:, None])
         tl.store(out + HALF, (dq2 * factor).to(dq_ptr.dtype.element_ty), mask=is_row[:, None])
 

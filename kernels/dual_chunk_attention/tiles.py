@@ -177,7 +177,7 @@ def _packed_tiles(
     is_descending: bool,
 ) -> Tiles:  # fmt: skip
     """List the tiles of sequences [B] of positions start ... start + length - 1; work is what lies before or behind."""
-    per_chunk = triton.cdiv(stride, block)
+    per_chunk = int(triton.cdiv(stride, block))
 
     def tile(position: torch.Tensor) -> torch.Tensor:
         return position.div(stride, rounding_mode="floor") * per_chunk + position.remainder(stride) // block
