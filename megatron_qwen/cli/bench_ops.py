@@ -30,7 +30,9 @@ _SEVERAL = "Several with commas."
 
 
 def ops(
-    family: Annotated[str, typer.Option(help=f"rope, norm, swiglu, loss, moe. {_SEVERAL} [default: all]")] = "",
+    family: Annotated[
+        str, typer.Option(help=f"rope, norm, swiglu, loss, moe, experts. {_SEVERAL} [default: all]")
+    ] = "",
     op: Annotated[str, typer.Option(help=f"As in --list. {_SEVERAL} [default: all]")] = "",
     model: Annotated[
         str, typer.Option(help=f"0.5b, 7b, 72b, a2.7b, 57b, any preset. {_SEVERAL} [default: by op]")
@@ -40,7 +42,9 @@ def ops(
     backend: Annotated[
         str, typer.Option(help=f"cuda, triton, reference. {_SEVERAL} [default: the kernels on CUDA, else reference]")
     ] = "",
-    vs: Annotated[str, typer.Option(help=f"torch, compile, aten, liger, te, or none. {_SEVERAL} [default: all]")] = "",
+    vs: Annotated[
+        str, typer.Option(help=f"torch, compile, aten, grouped_mm, liger, te, or none. {_SEVERAL} [default: all]")
+    ] = "",
     check: Annotated[bool, typer.Option("--check", help="Ours at odd sizes in every dtype, too.")] = False,
     sanitize: Annotated[bool, typer.Option("--sanitize", help="compute-sanitizer over the odd sizes, too.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for ops.json, ops.csv, summary.md and two charts.")] = None,

@@ -261,7 +261,7 @@ def test_the_list_names_every_operation_with_its_kernels_and_peers(bench_ops: Co
         (("--dtype", "fp8"), ConfigError, "expected one of fp32, bf16, fp16"),
         (("--backend", "cudnn"), ConfigError, "expected one of cuda, triton, reference"),
         (("--backend", "cuda", *SMALL), ConfigError, "the tensors are on cpu, not on a CUDA device"),
-        (("--vs", "apex"), ConfigError, "expected one of torch, compile, aten, liger, te"),
+        (("--vs", "apex"), ConfigError, "expected one of torch, compile, aten, grouped_mm, liger, te"),
         (("--rounds", "0"), ConfigError, "expected at least 1"),
         (("--threshold", "much"), ConfigError, "expected a percentage like 5%"),
         (("--device", "tpu"), ConfigError, "expected cpu or cuda"),

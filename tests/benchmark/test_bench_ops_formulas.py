@@ -43,6 +43,15 @@ def counts(name: str, model: str, tokens: int, direction: str) -> tuple[int, int
         ("moe_permute", "57b", "backward", 2 * 9 * 32768 * 3584 + 8 * 8 * 32768, 8 * 32768 * 3584),
         ("moe_unpermute", "57b", "forward", 2 * 9 * 32768 * 3584 + (4 + 8) * 8 * 32768, 2 * 8 * 32768 * 3584),
         ("moe_unpermute", "57b", "backward", 2 * 17 * 32768 * 3584 + (4 + 4 + 8) * 8 * 32768, 3 * 8 * 32768 * 3584),
+        # 57B: 64 experts of width 2560, shared 20,480 = 8 x 2560, so that routed and shared experts do the same
+        ("moe_mlp", "57b", "forward", 2 * (2 * 32768 * 3584 + 3 * 64 * 3584 * 2560) + 12 * 8 * 32768,
+         6 * 8 * 32768 * 3584 * 2560),
+        ("moe_mlp", "57b", "both", 2 * (5 * 32768 * 3584 + 9 * 64 * 3584 * 2560) + 12 * 8 * 32768,
+         18 * 8 * 32768 * 3584 * 2560),
+        ("moe_layer", "57b", "forward",
+         2 * (2 * 32768 * 3584 + 3 * 64 * 3584 * 2560 + 3584 * (3 * 20480 + 65)) + 12 * 8 * 32768,
+         12 * 8 * 32768 * 3584 * 2560 + 2 * 32768 * 3584 * 65),
+        ("moe_routing", "57b", "backward", 2 * 2 * 32768 * 64 + 12 * 8 * 32768, 5 * 32768 * 64),
         ("linear_cross_entropy", "7b", "both", 2 * 2 * (32768 + 152064) * 3584 + 8 * 32768,
          6 * 32768 * 3584 * 152064),
     ],
@@ -61,7 +70,7 @@ def test_sizes_of_a_7b_layer_at_32k_tokens(name: str, direction: str, megabytes:
     assert round(counts(name, "7b", 32_768, direction)[0] / 1e6) == megabytes
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "loss" not in CASES[name].family])
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name].family not in ("loss", "experts")])
 def test_bytes_are_those_of_the_tensors_that_go_in_and_out(name: str) -> None:
     case = CASES[name]
     sizes = case.odd_sizes[1]
@@ -92,7 +101,9 @@ def test_ragged_sequences_fill_the_batch_and_are_always_the_same() -> None:
     assert sequence_lengths({"tokens": 7}) == [7]
 
 
-@pytest.mark.parametrize("case", [CASES[name] for name in CASES if name not in MOE], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [CASES[name] for name in CASES if name not in (*MOE, "moe_routing")], ids=lambda case: case.name
+)
 def test_a_slice_of_a_workload_computes_a_slice_of_the_results(case: OpCase) -> None:
     workload = case.workload(case.odd_sizes[1], torch.float32, CPU, 0)
     tokens = workload.num_tokens()

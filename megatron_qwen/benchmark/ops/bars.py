@@ -25,7 +25,9 @@ class Bar:
         tokens: lengths of the token axis.
         fraction: at least this part of the ceiling.
         ahead: (peers, factor): at least `factor` times as fast as the fastest of these peers that was timed.
+        tflops: at least so many TFLOP/s.
         memory: (peers, part): at most this part of the peak memory of each of these peers.
+        saved: (peers, part): at most this part of what each of these peers keeps for backward.
         beside: (case, factor): at most `factor` times that case's time at the same model, tokens and direction.
     """
 
@@ -36,19 +38,26 @@ class Bar:
     tokens: tuple[int, ...] = LONG
     fraction: float = 0.0
     ahead: tuple[tuple[tuple[str, ...], float], ...] = ()
+    tflops: float = 0.0
     memory: tuple[tuple[str, ...], float] | None = None
+    saved: tuple[tuple[str, ...], float] | None = None
     beside: tuple[str, float] | None = None
 
     def about(self) -> str:
         """Return the bar in words."""
         asked = [f">= {self.fraction:g} of the ceiling"] if self.fraction else []
+        asked += [f">= {self.tflops:g} TFLOP/s"] if self.tflops else []
         asked += [f">= {factor:.3g}x {'/'.join(peers)}" for peers, factor in self.ahead]
         asked += [f"<= {self.memory[1]:g} of the memory of {'/'.join(self.memory[0])}"] if self.memory else []
+        asked += [f"keeps <= {self.saved[1]:g} of what {'/'.join(self.saved[0])} keeps"] if self.saved else []
         asked += [f"<= {self.beside[1]:g}x the time of {self.beside[0]}"] if self.beside else []
         return f"{self.case} {self.direction}: {', '.join(asked)}"
 
 
 _SEVEN, _BOTH = ("7b",), ("7b", "72b")
+_8K = (8192,)
+# Of QuACK and SonicMoE there is no adapter: they need a CUTLASS DSL of 88 MiB and pin older versions of torch.
+_EXPERTS = ("grouped_mm", "liger")
 _CHAINS = ("torch", "compile", "liger")
 
 
@@ -108,6 +117,38 @@ BARS = (
         ahead=((("liger",), 1.0), (("torch",), 1 / 1.15)),
         memory=(("torch",), 0.5),
     ),
+    Bar(
+        name="M1",
+        case="moe_mlp",
+        direction="forward",
+        models=("57b",),
+        tokens=_8K,
+        tflops=570,
+        ahead=((_EXPERTS, 1.05),),
+    ),
+    Bar(
+        name="M2", case="moe_mlp", direction="both", models=("57b",), tokens=_8K, tflops=540, ahead=((_EXPERTS, 1.05),)
+    ),
+    Bar(
+        name="M3",
+        case="moe_mlp",
+        direction="forward",
+        models=("a2.7b",),
+        tokens=(4096,),
+        tflops=430,
+        ahead=((("grouped_mm",), 1.15),),
+    ),
+    # The peers' routed experts, and cuBLAS for the shared one.
+    Bar(
+        name="M4",
+        case="moe_layer",
+        direction="forward",
+        models=("57b", "a2.7b"),
+        tokens=_8K,
+        tflops=550,
+        ahead=((_EXPERTS, 1.10),),
+    ),
+    Bar(name="M5", case="moe_mlp", direction="both", models=("57b", "a2.7b"), tokens=_8K, saved=(_EXPERTS, 1.0)),
 )
 
 
@@ -148,6 +189,9 @@ def _judge_shape(bar: Bar, rows: Sequence[OpRow], model: str, tokens: int) -> li
     found = []
     if bar.fraction:
         found.append(_verdict(ours.fraction, bar.fraction, spread, f"{ours.contestant} {ours.fraction:.3f}"))
+    if bar.tflops:
+        rate = ours.flops / ours.median / 1e12
+        found.append(_verdict(rate, bar.tflops, spread, f"{ours.contestant} {rate:,.0f} TFLOP/s"))
     for names, factor in bar.ahead:
         peer = _fastest([row for row in here if row.contestant in names])
         if peer is None:
@@ -156,7 +200,9 @@ def _judge_shape(bar: Bar, rows: Sequence[OpRow], model: str, tokens: int) -> li
         ratio = peer.median / ours.median
         found.append(_verdict(ratio, factor, spread, f"{ratio:.2f}x {peer.contestant}"))
     if bar.memory:
-        found += _judge_memory(bar.memory, ours, here)
+        found += _judge_memory(bar.memory, "peak_bytes", ours, here)
+    if bar.saved:
+        found += _judge_memory(bar.saved, "saved_bytes", ours, here)
     if bar.beside:
         case, factor = bar.beside
         other = _fastest([row for row in rows if row.is_ours and _is_at(row, case, bar.direction, model, tokens)])
@@ -168,15 +214,18 @@ def _judge_shape(bar: Bar, rows: Sequence[OpRow], model: str, tokens: int) -> li
     return found
 
 
-def _judge_memory(memory: tuple[tuple[str, ...], float], ours: OpRow, here: Sequence[OpRow]) -> list[tuple[str, str]]:
+def _judge_memory(
+    memory: tuple[tuple[str, ...], float], field: str, ours: OpRow, here: Sequence[OpRow]
+) -> list[tuple[str, str]]:
     names, part = memory
     found = []
     for name in names:
         peer = _fastest([row for row in here if row.contestant == name])
-        if peer is None or not peer.peak_bytes or not ours.peak_bytes:
+        mine, theirs = getattr(ours, field), getattr(peer, field, 0)
+        if not mine or not theirs:
             found.append(("not judged", f"memory of {name} is not known"))
             continue
-        share = ours.peak_bytes / peer.peak_bytes
+        share = mine / theirs
         found.append(("pass" if share <= part else "fail", f"{share:.3f} of the memory of {name}"))
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,9 @@ class Workload:
         shared: names of leaves, others and outputs that have no token axis (such an output is a sum over the tokens);
             the first axis of all others counts tokens. Where tokens mix, every name is here.
         constants: arguments that are no tensors.
+        listed: leaves [E, ...] that stand for E matrices. A function marked by `takes_lists` gets each as a list of
+            leaves of their own, as a model has them; others get the one tensor.
+        width: numbers per token of the widest tensor inside, where no leaf is as wide.
     """
 
     leaves: Mapping[str, torch.Tensor]
@@ -35,6 +38,8 @@ class Workload:
     grads: tuple[torch.Tensor, ...]
     shared: frozenset[str]
     constants: Mapping[str, Any] = field(default_factory=dict)
+    listed: frozenset[str] = frozenset()
+    width: int = 0
 
     def arguments(self) -> dict[str, Any]:
         """Return everything a contestant is called with."""
@@ -53,22 +58,19 @@ class Workload:
         def cut(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             return {name: each if name in self.shared else each[begin:end] for name, each in tensors.items()}
 
-        return Workload(
+        return replace(
+            self,
             leaves=cut(self.leaves),
             others=cut(self.others),
             grads=tuple(grad[begin:end] if grad.dim() else grad for grad in self.grads),
-            shared=self.shared,
-            constants=self.constants,
         )
 
     def wide(self) -> Workload:
         """Return the same values with leaves and gradients in fp64; what is no leaf stays as it is."""
-        return Workload(
+        return replace(
+            self,
             leaves={name: each.detach().double() for name, each in self.leaves.items()},
-            others=self.others,
             grads=tuple(grad.double() for grad in self.grads),
-            shared=self.shared,
-            constants=self.constants,
         )
 
 
@@ -96,6 +98,8 @@ class OpCase:
         lengths: default sequence lengths per device type.
         models: default presets per device type, those that bars are judged at first.
         in_place: results overwrite the leaves; there is no gradient.
+        is_compilable: False if plain torch must know numbers of rows on the host: torch.compile does not take part.
+        on_cpu: sizes to those that a CPU is given, where a model's own are too large for one.
     """
 
     name: str
@@ -118,6 +122,8 @@ class OpCase:
         default_factory=lambda: {"cuda": ("7b", "72b", "0.5b"), "cpu": ("0.5b",)}
     )
     in_place: bool = False
+    is_compilable: bool = True
+    on_cpu: Callable[[dict[str, int]], dict[str, int]] | None = None
 
     def __post_init__(self) -> None:
         assert self.bound in ("memory", "compute"), self.bound
@@ -133,11 +139,67 @@ def results(case: OpCase, workload: Workload, function: Function) -> Results:
         with torch.no_grad():
             outputs = as_tuple(function(**{**workload.arguments(), **copies(workload.leaves)}))
         return dict(zip(case.outputs, outputs, strict=True))
-    leaves = {name: leaf.detach().requires_grad_() for name, leaf in workload.leaves.items()}
-    outputs = as_tuple(function(**{**workload.arguments(), **leaves}))
-    gradients = torch.autograd.grad(outputs, list(leaves.values()), list(workload.grads))
+    call = Call(workload, function)
+    outputs = call.forward()
+    gradients = call.gradients(call.backward(outputs))
     found = dict(zip(case.outputs, (each.detach() for each in outputs), strict=True))
-    return found | {f"d {name}": grad for name, grad in zip(leaves, gradients, strict=True)}
+    return found | {f"d {name}": grad for name, grad in gradients.items()}
+
+
+def takes_lists(function: Function) -> Function:
+    """Mark a function that gets leaves in `Workload.listed` as lists."""
+    function.takes_lists = True  # type: ignore[attr-defined]
+    return function
+
+
+class Call:
+    """A function with the arguments of a workload, whose leaves collect gradients."""
+
+    def __init__(self, workload: Workload, function: Function) -> None:
+        """Make the leaves; they share memory with the workload's."""
+        listed = workload.listed if getattr(function, "takes_lists", False) else frozenset[str]()
+        self._function, self._grads = function, list(workload.grads)
+        self._leaves = {
+            name: [each.detach().requires_grad_() for each in (leaf.unbind() if name in listed else (leaf,))]
+            for name, leaf in workload.leaves.items()
+        }
+        given = {name: leaves if name in listed else leaves[0] for name, leaves in self._leaves.items()}
+        self._arguments = {**workload.arguments(), **given}
+        self._listed = listed
+
+    def forward(self) -> tuple[torch.Tensor, ...]:
+        """Return the outputs."""
+        return as_tuple(self._function(**self._arguments))
+
+    def backward(self, outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Return the gradients of all leaves, one by one."""
+        leaves = [leaf for leaves in self._leaves.values() for leaf in leaves]
+        return torch.autograd.grad(outputs, leaves, self._grads)
+
+    def gradients(self, found: tuple[torch.Tensor, ...]) -> Results:
+        """Return what `backward` returned by the names of the workload's leaves."""
+        rest = iter(found)
+        return {
+            name: torch.stack([next(rest) for _ in leaves]) if name in self._listed else next(rest)
+            for name, leaves in self._leaves.items()
+        }
+
+    def saved_bytes(self) -> int:
+        """Return the memory that forward keeps for backward beside the arguments and the outputs."""
+        given = [each for leaves in self._leaves.values() for each in leaves]
+        given += [each for each in self._arguments.values() if isinstance(each, torch.Tensor)]
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            outputs = self.forward()
+        for each in (*given, *outputs):
+            kept.pop(each.untyped_storage().data_ptr(), None)
+        return sum(kept.values())
 
 
 def copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -140,6 +140,7 @@ def _pieces(workload: Workload) -> Iterator[tuple[int, int]]:
     widest = max(
         leaf.shape[0] if name in workload.shared else leaf.numel() // tokens for name, leaf in workload.leaves.items()
     )
+    widest = max(widest, workload.width)
     step = max(1, _PIECE[next(iter(workload.leaves.values())).device.type] // widest)
     return ((begin, min(begin + step, tokens)) for begin in range(0, tokens, step))
 

@@ -19,7 +19,7 @@ from megatron_qwen.benchmark.ops.case import Function, OpCase
 from megatron_qwen.errors import ConfigError
 
 OURS = ("cuda", "triton", "reference")
-PEERS = ("torch", "compile", "aten", "liger", "te")
+PEERS = ("torch", "compile", "aten", "grouped_mm", "liger", "te")
 
 # peer: the module it needs, and how that is installed; those not listed come with torch
 _MODULES = {
@@ -86,6 +86,8 @@ def _our_contestant(case: OpCase, device: torch.device, dtype: torch.dtype, name
 def _peer(case: OpCase, device: torch.device, name: str) -> OpContestant:
     if name == "torch":
         return OpContestant(name=name, is_ours=False, function=case.plain)
+    if name == "compile" and not case.is_compilable:
+        return OpContestant(name=name, is_ours=False, missing="plain torch reads numbers of rows on the host here")
     if name == "compile":
         # One shape per call of this function; torch counts shapes per function and gives up after eight.
         torch.compiler.reset()

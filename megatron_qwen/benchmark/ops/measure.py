@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from megatron_qwen.benchmark.clock import Clock, Run, Sample
-from megatron_qwen.benchmark.ops.case import OpCase, Workload, as_tuple, copies
+from megatron_qwen.benchmark.ops.case import Call, OpCase, Workload, copies
 from megatron_qwen.benchmark.ops.contestants import OpContestant
 from megatron_qwen.benchmark.timing import Summary, summarise
 
@@ -24,12 +22,14 @@ class Timing:
         is_pure: whether no run waited for the host; see `clock.Sample`.
         again: median of the second turn of the first contestant in each round; 0 for the others.
         peak_bytes: by how much memory grew at its peak, forward included.
+        saved_bytes: what forward keeps for backward beside inputs and outputs.
     """
 
     seconds: Summary
     is_pure: bool
     again: float
     peak_bytes: int
+    saved_bytes: int
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ def measure_in_turn(
                 is_pure=all(each.is_pure for each in mine),
                 again=summarise([each.seconds for each in again]).median if index == 0 else 0.0,
                 peak_bytes=_peak_bytes(turn, clock),
+                saved_bytes=_saved_bytes(case, workload, turn.contestant),
             )
         )
     return timings
@@ -93,27 +94,28 @@ def _peak_bytes(turn: _Turn, clock: Clock) -> int:
         return clock.peak_bytes(lambda: turn.prepare()())
 
 
+def _saved_bytes(case: OpCase, workload: Workload, contestant: OpContestant) -> int:
+    if case.in_place:
+        return 0
+    assert contestant.function is not None
+    with contestant.scope():
+        return Call(workload, contestant.function).saved_bytes()
+
+
 def _turn(case: OpCase, workload: Workload, direction: str, contestant: OpContestant) -> _Turn:
     function = contestant.function
     assert function is not None
     if case.in_place:
         own = {**workload.arguments(), **copies(workload.leaves)}
         return _Turn(contestant, lambda: lambda: function(**own))
-    leaves = {name: leaf.detach().requires_grad_() for name, leaf in workload.leaves.items()}
-    arguments = {**workload.arguments(), **leaves}
-
-    def forward() -> tuple[torch.Tensor, ...]:
-        return as_tuple(function(**arguments))
-
-    def backward(outputs: tuple[torch.Tensor, ...]) -> object:
-        return torch.autograd.grad(outputs, list(leaves.values()), list(workload.grads))
+    call = Call(workload, function)
 
     def prepare_backward() -> Run:
-        outputs = forward()
-        return lambda: backward(outputs)
+        outputs = call.forward()
+        return lambda: call.backward(outputs)
 
     if direction == "forward":
-        return _Turn(contestant, lambda: forward)
+        return _Turn(contestant, lambda: call.forward)
     if direction == "backward":
         return _Turn(contestant, prepare_backward)
-    return _Turn(contestant, lambda: lambda: backward(forward()))
+    return _Turn(contestant, lambda: lambda: call.backward(call.forward()))

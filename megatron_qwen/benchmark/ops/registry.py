@@ -17,6 +17,7 @@ FAMILIES = {
     "swiglu": f"{_HERE}.swiglu_cases",
     "loss": f"{_HERE}.loss_cases",
     "moe": f"{_HERE}.moe_cases",
+    "experts": f"{_HERE}.expert_cases",
 }
 
 

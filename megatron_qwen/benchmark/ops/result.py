@@ -39,6 +39,7 @@ class OpRow:
         num_bytes, flops: by the case's formulas.
         fraction: of the ceiling; 0 unless timed.
         peak_bytes: by how much memory grew.
+        saved_bytes: what forward keeps for backward beside inputs and outputs.
         error, error_bound: largest difference from fp64 of the worst result, and what was allowed.
     """
 
@@ -60,6 +61,7 @@ class OpRow:
     flops: int = 0
     fraction: float = 0.0
     peak_bytes: int = 0
+    saved_bytes: int = 0
     error: float = 0.0
     error_bound: float = 0.0
 
@@ -269,6 +271,7 @@ def _flat(row: OpRow) -> dict[str, Any]:
         "bound": row.bound,
         "fraction": shown(row.fraction, ".4f"),
         "peak_bytes": row.peak_bytes if seconds else "",
+        "saved_bytes": row.saved_bytes if seconds else "",
         "error": f"{row.error:.3e}",
         "error_bound": f"{row.error_bound:.3e}",
         "detail": row.detail,

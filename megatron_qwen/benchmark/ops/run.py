@@ -102,6 +102,8 @@ class OpsBench:
         for model, case in self._pairs():
             for length in self.seq_lengths or case.lengths[kind]:
                 sizes = case.sizes(find_preset(preset_of(model)), length)
+                if sizes and kind == "cpu" and case.on_cpu is not None:
+                    sizes = case.on_cpu(sizes)
                 for dtype in self.dtypes if sizes else ():
                     found.setdefault((case.name, tuple(sizes.items()), dtype), (case, model, sizes, dtype))
         return list(found.values())
@@ -220,6 +222,7 @@ def _timed(row: OpRow, timing: Timing, roofline: Roofline) -> OpRow:
         is_pure=timing.is_pure,
         fraction=roofline.fraction(row.bound, median, row.num_bytes, row.flops),
         peak_bytes=timing.peak_bytes,
+        saved_bytes=timing.saved_bytes,
     )
 
 

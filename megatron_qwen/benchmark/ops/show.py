@@ -10,7 +10,10 @@ from rich.table import Table
 from megatron_qwen.benchmark.ops.comparing import Changes
 from megatron_qwen.benchmark.ops.result import OpReport, OpRow, shown_sizes
 
-COLUMNS = ("op", "shape", "direction", "backend", "median us", "p10 .. p90", "rate", "of ceiling", "peak MiB", "peers")
+COLUMNS = (
+    "op", "shape", "direction", "backend", "median us", "p10 .. p90", "rate", "of ceiling", "peak MiB", "saved MiB",
+    "peers",
+)  # fmt: skip
 
 
 def result_lines(report: OpReport) -> list[tuple[str, ...]]:
@@ -27,7 +30,7 @@ def _cells(row: OpRow, peers: Sequence[OpRow]) -> tuple[str, ...]:
     tokens, others = row.sizes.get("tokens", 0), {k: v for k, v in row.sizes.items() if k != "tokens"}
     shape = f"{row.model} {tokens:,} x {'/'.join(str(value) for value in others.values())} {row.dtype}"
     if row.seconds is None:
-        return row.case, shape, row.direction or "-", row.contestant, row.status.upper(), "", "", "", "", row.detail
+        return row.case, shape, row.direction or "-", row.contestant, row.status.upper(), "", "", "", "", "", row.detail
     rate, unit = row.rate()
     shown_rate = f"{rate / 1e9:,.1f} GB/s" if unit == "B/s" else f"{rate / 1e12:,.2f} TFLOP/s"
     return (
@@ -40,6 +43,7 @@ def _cells(row: OpRow, peers: Sequence[OpRow]) -> tuple[str, ...]:
         shown_rate,
         f"{row.fraction:.3f}",
         f"{row.peak_bytes / 2**20:,.0f}" if row.peak_bytes else "-",
+        f"{row.saved_bytes / 2**20:,.1f}" if row.saved_bytes else "-",
         ", ".join(_peer(row, each) for each in peers if each.status in ("timed", "wrong")),
     )
 
