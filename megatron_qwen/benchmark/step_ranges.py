@@ -74,7 +74,7 @@ def named_ranges(step: TrainStep) -> Iterator[None]:
             ]
             for path, module in chunk.module.named_modules():
                 kind = module_kind(path, module)
-                # Within one operation no module but the router runs, though pre-hooks are called: a range would not end.
+                # Within one operation no module but the router runs, though pre-hooks are called: no range would end.
                 is_inside = any(path.startswith(each) for each in fused) and kind != "router"
                 if kind is not None and not is_inside:
                     stack.enter_context(_module_range(module, kind))

@@ -134,7 +134,7 @@ def test_weights_of_any_dtype(emulation: Emulation, weight_dtype: torch.dtype, h
 
 
 def test_a_weight_in_fp64_is_refused(emulation: Emulation) -> None:
-    with ops.use_backend("cuda"), pytest.raises(ValueError, match="weight has dtype torch.float64, and kernels take"):
+    with ops.use_backend("cuda"), pytest.raises(ValueError, match=r"weight has dtype torch\.float64, and kernels take"):
         ops.rms_norm(torch.zeros(2, 8), torch.ones(8, dtype=torch.float64), eps=1e-6)
 
 
