@@ -43,16 +43,18 @@ def test_onednn_gets_no_rows_that_are_apart(calls, monkeypatch: pytest.MonkeyPat
     a, b = torch.randn(32, 500), torch.randn(8, 500)
     for transposed in (b.t(), b.t().contiguous()):
         torch.testing.assert_close(products.product(a, transposed), a @ transposed, rtol=1e-4, atol=1e-4)
-    assert len(given) == 4
+    assert len(given) == 2 * -(-500 // products.MOST_TERMS)
     assert all(each.is_contiguous() or each.t().is_contiguous() for each in given)
 
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 67, 600])
 @pytest.mark.parametrize(("inner", "width"), [(7, 13), (33, 8), (450, 40)])
 def test_products_are_as_exact_as_torch(calls, rows: int, inner: int, width: int) -> None:
+    torch.manual_seed(rows * inner)
     a, b = torch.randn(rows, inner), torch.randn(width, inner)
     check(products.product(a, b.t()), a, b.t())
-    check(products.product(a, b.t().contiguous()), a, b.t())
+    in_rows = b.t().contiguous()
+    check(products.product(a, in_rows), a, in_rows)
     out = torch.full((rows + 2, width), 7.0)
     assert products.product(a, b.t(), out=out[1:-1]) is not None
     check(out[1:-1], a, b.t())
