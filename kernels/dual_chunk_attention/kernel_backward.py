@@ -333,7 +333,7 @@ def _blocks_of_keys(q: torch.Tensor) -> dict[str, Any]:
     if q.dtype == torch.float32:
         queries, keys, stages = 16 if is_wide else 32, 32, 2
     elif is_before_hopper():
-        queries, keys, stages = 32, 64 if is_wide else 128, 2
+        queries, keys, stages = (16, 64, 2) if is_wide else (32, 128, 2)
     else:
         queries, keys, stages = 32 if is_wide else 64, 128, 2
     sizes = {"BLOCK_QUERIES": queries, "BLOCK_KEYS": keys, "num_warps": 8, "num_stages": stages, "WIDENS": False}
