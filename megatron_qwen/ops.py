@@ -45,6 +45,16 @@ from megatron_qwen.kernels.moe_routing import (
 from megatron_qwen.kernels.qkv_rope import context_parallel_positions, packed_positions, qkv_rope, rope_tables
 from megatron_qwen.kernels.rms_norm import add_rms_norm, rms_norm
 from megatron_qwen.kernels.rope import rope_
+from megatron_qwen.kernels.sparse_attention import (
+    HeadBudget,
+    Refinement,
+    SparseAttentionConfig,
+    SparseIndex,
+    attention_recall,
+    estimate_index,
+    refined_budgets,
+    sparse_prefill_attention,
+)
 from megatron_qwen.kernels.swiglu import swiglu
 
 __all__ = [
@@ -52,16 +62,22 @@ __all__ = [
     "OPERATIONS",
     "ChunkLayout",
     "ExpertOrder",
+    "HeadBudget",
     "OpChoice",
+    "Refinement",
     "Routing",
     "SharedExpert",
+    "SparseAttentionConfig",
+    "SparseIndex",
     "TokenLosses",
     "WeightGradient",
     "add_rms_norm",
+    "attention_recall",
     "choices",
     "context_parallel_positions",
     "dual_chunk_attention",
     "dual_chunk_attention_backward",
+    "estimate_index",
     "expert_order",
     "explain_choice",
     "grouped_mlp",
@@ -79,10 +95,12 @@ __all__ = [
     "paged_decode_attention",
     "prescaled_keys",
     "qkv_rope",
+    "refined_budgets",
     "requested_backend",
     "rms_norm",
     "rope_",
     "rope_tables",
+    "sparse_prefill_attention",
     "swiglu",
     "use_backend",
     "z_loss",

@@ -323,6 +323,11 @@ NO_OPERATIONS = {
     "dual_chunk_attention_backward": "the gradient of dual_chunk_attention, by itself; test_dual_chunk_parts.py",
     "paged_decode_attention": "without a gradient; test_dual_chunk_decode.py",
     **dict.fromkeys(("merge_attention", "log_length_temperature", "prescaled_keys"), "a few torch operations"),
+    **dict.fromkeys(("HeadBudget", "Refinement", "SparseAttentionConfig", "SparseIndex"), "a type"),
+    "sparse_prefill_attention": "plain torch, without a gradient; test_sparse_attention.py",
+    **dict.fromkeys(
+        ("attention_recall", "estimate_index", "refined_budgets"), "plain torch; test_sparse_estimation.py"
+    ),
     "moe_mlp": "grouped_mlp with the rows of another order; its own test file",
     "expert_order": "integers: covered with moe_permute",
     "linear_cross_entropy_terms": "linear_cross_entropy with more results",
