@@ -31,7 +31,7 @@ _SEVERAL = "Several with commas."
 
 def ops(
     family: Annotated[
-        str, typer.Option(help=f"rope, norm, swiglu, loss, moe, experts. {_SEVERAL} [default: all]")
+        str, typer.Option(help=f"rope, norm, swiglu, loss, moe, experts, attention. {_SEVERAL} [default: all]")
     ] = "",
     op: Annotated[str, typer.Option(help=f"As in --list. {_SEVERAL} [default: all]")] = "",
     model: Annotated[
@@ -43,7 +43,11 @@ def ops(
         str, typer.Option(help=f"cuda, triton, reference. {_SEVERAL} [default: the kernels on CUDA, else reference]")
     ] = "",
     vs: Annotated[
-        str, typer.Option(help=f"torch, compile, aten, grouped_mm, liger, te, or none. {_SEVERAL} [default: all]")
+        str,
+        typer.Option(
+            help="torch, compile, aten, grouped_mm, liger, te; of attention cudnn, flash, fa3, three_call, "
+            f"three_call_fa3, per_head; or none. {_SEVERAL} [default: all]"
+        ),
     ] = "",
     check: Annotated[bool, typer.Option("--check", help="Ours at odd sizes in every dtype, too.")] = False,
     sanitize: Annotated[bool, typer.Option("--sanitize", help="compute-sanitizer over the odd sizes, too.")] = False,

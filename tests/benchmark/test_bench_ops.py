@@ -253,7 +253,7 @@ def test_the_list_names_every_operation_with_its_kernels_and_peers(bench_ops: Co
     ("arguments", "kind", "message"),
     [
         (("--op", "rms_nrom"), ConfigError, "Did you mean 'rms_norm'?"),
-        (("--family", "attention"), ConfigError, "expected one of rope, norm, swiglu, loss, moe"),
+        (("--family", "convolution"), ConfigError, "expected one of rope, norm, swiglu, loss, moe"),
         (("--model", "8b"), ConfigError, "no preset '8b'"),
         (("--family", "moe", "--model", "7b"), ConfigError, "no layer of moe_permute, moe_unpermute"),
         (("--seq-length", "1k"), ConfigError, "expected whole numbers"),

@@ -31,6 +31,8 @@ class Workload:
         listed: leaves [E, ...] that stand for E matrices. A function marked by `takes_lists` gets each as a list of
             leaves of their own, as a model has them; others get the one tensor.
         width: numbers per token of the widest tensor inside, where no leaf is as wide.
+        compared: ranges of tokens whose results are compared; all of them if empty. Only for cases without a gradient,
+            where the definition of all tokens would take longer than all that is timed.
     """
 
     leaves: Mapping[str, torch.Tensor]
@@ -40,6 +42,7 @@ class Workload:
     constants: Mapping[str, Any] = field(default_factory=dict)
     listed: frozenset[str] = frozenset()
     width: int = 0
+    compared: tuple[tuple[int, int], ...] = ()
 
     def arguments(self) -> dict[str, Any]:
         """Return everything a contestant is called with."""
@@ -98,7 +101,11 @@ class OpCase:
         lengths: default sequence lengths per device type.
         models: default presets per device type, those that bars are judged at first.
         in_place: results overwrite the leaves; there is no gradient.
+        is_inference: there is no gradient, for another reason.
         is_compilable: False if plain torch must know numbers of rows on the host: torch.compile does not take part.
+        is_plain_timed: False if plain torch is the definition only, with work that nobody would do.
+        fp32_roundings: of the largest number, allowed to fp32 results beside twice plain torch's error.
+        most_rounds: sizes to a number of rounds above which none are measured: long runs vary less.
         on_cpu: sizes to those that a CPU is given, where a model's own are too large for one.
     """
 
@@ -122,12 +129,22 @@ class OpCase:
         default_factory=lambda: {"cuda": ("7b", "72b", "0.5b"), "cpu": ("0.5b",)}
     )
     in_place: bool = False
+    is_inference: bool = False
     is_compilable: bool = True
+    is_plain_timed: bool = True
+    fp32_roundings: float = 1.0
+    most_rounds: Callable[[Sizes], int] | None = None
     on_cpu: Callable[[dict[str, int]], dict[str, int]] | None = None
 
     def __post_init__(self) -> None:
         assert self.bound in ("memory", "compute"), self.bound
         assert set(self.directions) <= set(DIRECTIONS), self.directions
+        assert self.has_gradient or self.directions == ("forward",), self.directions
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether results include the gradients of the leaves."""
+        return not (self.in_place or self.is_inference)
 
 
 def results(case: OpCase, workload: Workload, function: Function) -> Results:
@@ -135,7 +152,7 @@ def results(case: OpCase, workload: Workload, function: Function) -> Results:
 
     The workload's tensors are left as they are: what works in place gets copies.
     """
-    if case.in_place:
+    if not case.has_gradient:
         with torch.no_grad():
             outputs = as_tuple(function(**{**workload.arguments(), **copies(workload.leaves)}))
         return dict(zip(case.outputs, outputs, strict=True))

@@ -63,7 +63,7 @@ def check_contestants(case: OpCase, workload: Workload, contestants: list[OpCont
         workload: the tensors that are timed afterwards.
         contestants: those without a function are passed over.
     """
-    plainly = results(case, workload, case.plain)
+    plainly = _plainly(case, workload)
     found: dict[str, Results] = {}
     verdicts = {}
     for each in contestants:
@@ -79,8 +79,22 @@ def check_contestants(case: OpCase, workload: Workload, contestants: list[OpCont
     for each in contestants:
         if each.name in found:
             factor = OUR_FACTOR if each.is_ours else PEER_FACTOR
-            verdicts[each.name] = _judge(seen[each.name], seen[""], largest, found[each.name], factor)
+            verdicts[each.name] = _judge(seen[each.name], seen[""], largest, found[each.name], factor, case)
     return verdicts
+
+
+def _plainly(case: OpCase, workload: Workload) -> Results:
+    """Plain torch's results in the workload's dtype; NaN for tokens that are not compared."""
+    if not workload.compared:
+        return results(case, workload, case.plain)
+    assert not case.has_gradient, case.name
+    whole: Results = {}
+    for begin, end in workload.compared:
+        for name, piece in results(case, workload.slice(begin, end), case.plain).items():
+            if name not in whole:
+                whole[name] = piece.new_full((workload.num_tokens(), *piece.shape[1:]), float("nan"))
+            whole[name][begin:end] = piece
+    return whole
 
 
 def _results_of(case: OpCase, workload: Workload, contestant: OpContestant) -> Results:
@@ -142,18 +156,22 @@ def _pieces(workload: Workload) -> Iterator[tuple[int, int]]:
     )
     widest = max(widest, workload.width)
     step = max(1, _PIECE[next(iter(workload.leaves.values())).device.type] // widest)
-    return ((begin, min(begin + step, tokens)) for begin in range(0, tokens, step))
+    for first, last in workload.compared or ((0, tokens),):
+        yield from ((begin, min(begin + step, last)) for begin in range(first, last, step))
 
 
 def _judge(
-    mine: Mapping[str, _Seen], plain: Mapping[str, _Seen], largest: Mapping[str, float], found: Results, factor: float
-) -> Verdict:
+    mine: Mapping[str, _Seen], plain: Mapping[str, _Seen], largest: Mapping[str, float], found: Results, factor: float,
+    case: OpCase,
+) -> Verdict:  # fmt: skip
     worst, worst_name, worst_share = None, "", -1.0
     for name, seen in mine.items():
         simple = plain[name].worst
         assert seen.worst is not None
         assert simple is not None
-        bound = fp64_bound(simple.error, largest[name], found[name].dtype, factor=factor)
+        dtype = found[name].dtype
+        roundings = case.fp32_roundings if dtype == torch.float32 else 1.0
+        bound = fp64_bound(simple.error, largest[name], dtype, factor=factor, roundings=roundings)
         judged = replace(seen.worst, bound=bound)
         share = float("inf") if judged.mismatched else judged.error / bound if bound else float(judged.error > 0)
         if share > worst_share:

@@ -19,13 +19,19 @@ from megatron_qwen.benchmark.ops.case import Function, OpCase
 from megatron_qwen.errors import ConfigError
 
 OURS = ("cuda", "triton", "reference")
-PEERS = ("torch", "compile", "aten", "grouped_mm", "liger", "te")
+PEERS = (
+    "torch", "compile", "aten", "grouped_mm", "liger", "te",
+    "cudnn", "flash", "fa3", "three_call", "three_call_fa3", "per_head",
+)  # fmt: skip
 
 # peer: the module it needs, and how that is installed; those not listed come with torch
 _MODULES = {
     "liger": ("liger_kernel", "pip install liger-kernel"),
     "te": ("transformer_engine", "pip install transformer-engine[pytorch]"),
+    "fa3": ("fa3_fwd_interface", "pip install fa3-fwd"),
+    "three_call_fa3": ("fa3_fwd_interface", "pip install fa3-fwd"),
 }
+_GPU_ONLY = "cudnn", *_MODULES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +90,8 @@ def _our_contestant(case: OpCase, device: torch.device, dtype: torch.dtype, name
 
 
 def _peer(case: OpCase, device: torch.device, name: str) -> OpContestant:
+    if name in ("torch", "compile") and not case.is_plain_timed:
+        return OpContestant(name=name, is_ours=False, missing="plain torch is the definition here, and not timed")
     if name == "torch":
         return OpContestant(name=name, is_ours=False, function=case.plain)
     if name == "compile" and not case.is_compilable:
@@ -98,8 +106,8 @@ def _peer(case: OpCase, device: torch.device, name: str) -> OpContestant:
         module, hint = _MODULES[name]
         if importlib.util.find_spec(module) is None:
             return OpContestant(name=name, is_ours=False, missing=f"not installed ({hint})")
-        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            return OpContestant(name=name, is_ours=False, missing="its kernels run on a GPU only")
+    if name in _GPU_ONLY and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return OpContestant(name=name, is_ours=False, missing="its kernels run on a GPU only")
     try:
         return OpContestant(name=name, is_ours=False, function=case.peers[name]())
     except Exception as error:  # another project's import may fail in any way; that is a line of the report

@@ -95,7 +95,7 @@ def _peak_bytes(turn: _Turn, clock: Clock) -> int:
 
 
 def _saved_bytes(case: OpCase, workload: Workload, contestant: OpContestant) -> int:
-    if case.in_place:
+    if not case.has_gradient:
         return 0
     assert contestant.function is not None
     with contestant.scope():
@@ -105,7 +105,7 @@ def _saved_bytes(case: OpCase, workload: Workload, contestant: OpContestant) -> 
 def _turn(case: OpCase, workload: Workload, direction: str, contestant: OpContestant) -> _Turn:
     function = contestant.function
     assert function is not None
-    if case.in_place:
+    if not case.has_gradient:
         own = {**workload.arguments(), **copies(workload.leaves)}
         return _Turn(contestant, lambda: lambda: function(**own))
     call = Call(workload, function)

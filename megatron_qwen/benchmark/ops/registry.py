@@ -18,6 +18,7 @@ FAMILIES = {
     "loss": f"{_HERE}.loss_cases",
     "moe": f"{_HERE}.moe_cases",
     "experts": f"{_HERE}.expert_cases",
+    "attention": f"{_HERE}.attention_cases",
 }
 
 

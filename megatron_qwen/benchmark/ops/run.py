@@ -190,7 +190,8 @@ class OpsBench:
         for direction in case.directions:
             timings: dict[str, Timing] = {}
             if right:
-                found = measure_in_turn(case, workload, direction, right, clock, self.rounds)
+                rounds = self.rounds if case.most_rounds is None else min(self.rounds, case.most_rounds(sizes))
+                found = measure_in_turn(case, workload, direction, right, clock, rounds)
                 timings = {each.name: timing for each, timing in zip(right, found, strict=True)}
             counted = replace(
                 start,
