@@ -15,6 +15,8 @@ from .request import AttentionRequest
 
 OP = "dual_chunk_attention"
 KERNEL_HEAD_SIZES = (64, 128)
+# Within a tile of 128 rows kernels count in 32 bits: 64 would take registers that the gradients of k and v do not have.
+KERNEL_ROW_STRIDE = 2**24
 
 
 def checked_request(
@@ -179,10 +181,13 @@ def check_backward(grad: torch.Tensor, q: torch.Tensor, output: torch.Tensor, ls
     checks.require_device(OP, "lse", lse, q, "q")
 
 
-def unfit(q: torch.Tensor, cos: torch.Tensor | None, scale: float) -> str:
-    """Return why no kernel can take heads like those of q; empty if it can."""
+def unfit(q: torch.Tensor, cos: torch.Tensor | None, scale: float, *rows: torch.Tensor) -> str:
+    """Return why no kernel can take heads like those of q, or these further [..., rows, heads, D]; empty if it can."""
     if q.shape[-1] not in KERNEL_HEAD_SIZES:
         return f"heads have {q.shape[-1]} numbers, and kernels take {' or '.join(map(str, KERNEL_HEAD_SIZES))}"
     if cos is not None and 2 * cos.shape[-1] != q.shape[-1]:
         return f"{2 * cos.shape[-1]} of {q.shape[-1]} numbers of a head are rotated, and kernels rotate all"
+    far = max(each.stride(-3) for each in (q, *rows))
+    if far > KERNEL_ROW_STRIDE:
+        return f"rows are {far} numbers apart, and kernels take up to {KERNEL_ROW_STRIDE}"
     return "" if scale > 0.0 else f"softmax_scale is {scale}, and kernels need a positive one"

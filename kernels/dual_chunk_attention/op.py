@@ -38,7 +38,7 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     tensors = cos, sin, cu_seqlens_q, cu_seqlens_k, logit_scale
     request = _request(tensors, chunks, keys_rotated, query_start, key_start, scale, deterministic)
-    backend = backend_for(OP, q, unfit(q, cos, scale))
+    backend = backend_for(OP, q, unfit(q, cos, scale, k, v))
     if backend != "reference":
         return launches(OP, backend).launch_forward(q, k, v, request)  # type: ignore[no-any-return]
     return blockwise.forward(q, k, v, request)
@@ -73,7 +73,7 @@ def _backward(
     request = _request(tensors, chunks, keys_rotated, query_start, key_start, scale, deterministic)
     if grad.shape[-1] > 1 and grad.stride(-1) != 1:
         grad = grad.contiguous()  # expanded by autograd: the gradient of a sum
-    backend = backend_for(OP, q, unfit(q, cos, scale))
+    backend = backend_for(OP, q, unfit(q, cos, scale, k, v, grad, output))
     if backend != "reference":
         return launches(OP, backend).launch_backward(grad, q, k, v, output, lse, request)  # type: ignore[no-any-return]
     return blockwise.backward(grad, q, k, v, output, lse, request)

@@ -183,13 +183,13 @@ def check_rms_norm_offsets(backend: str) -> None:
     assert torch.equal(total, near[0] + x)
 
 
-def rows_beyond_32_bits(width: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """Three rows, the last at an offset of 2^31 elements, while the distance itself fits 32 bits.
+def rows_beyond_32_bits(width: int, dtype: torch.dtype = torch.bfloat16, distance: int = 2**30) -> torch.Tensor:
+    """Rows, the last at an offset of 2^31 elements, while the distance itself fits 32 bits: three, or more if nearer.
 
     The memory between them is never touched, so it costs addresses only.
     """
-    distance = 2**30
-    return torch.empty(2 * distance + width, dtype=dtype).as_strided((3, width), (distance, 1))
+    rows = 2**31 // distance + 1
+    return torch.empty(2**31 + width, dtype=dtype).as_strided((rows, width), (distance, 1))
 
 
 def check_swiglu_offsets(backend: str) -> None:

@@ -36,6 +36,8 @@ class Case:
         is_dense: whether the first leaf has to be contiguous.
         sizes: rows to compare with fp64 at; the others are in the operation's own test file.
         narrowed: arguments whose last axis has to fit another's, so that one column less is an error.
+        kernel_arguments: as `arguments`, of sizes that kernels take, where those are smaller.
+        row_distance: the largest distance between rows that kernels take, 2^30 or less.
     """
 
     function: Callable[..., Any]
@@ -47,6 +49,8 @@ class Case:
     outputs: Callable[[Any], Any] = field(default=lambda result: result)
     is_dense: bool = False
     sizes: tuple[int, ...] = (0, 1, 7, 31, 32, 33)
+    kernel_arguments: Callable[[int, torch.dtype], Arguments] | None = None
+    row_distance: int = 2**30
 
     def run(self, arguments: Arguments) -> tuple[torch.Tensor, ...]:
         """The differentiable results."""
@@ -157,12 +161,12 @@ def _plain_grouped_mlp(x, weights, offsets, fc1, fc2) -> torch.Tensor:  # type: 
 _CHUNKS = ops.ChunkLayout.released(8, 3)
 
 
-def _attention(rows: int, dtype: torch.dtype) -> Arguments:
-    cos, sin = dual_chunk_checks.tables(9, dtype)
+def _attention(rows: int, dtype: torch.dtype, head_dim: int = 8, rotated: int = 6) -> Arguments:
+    cos, sin = dual_chunk_checks.tables(9, dtype, rotated)
     return {
-        "q": random((rows, 4 * 8), dtype, seed=0),
-        "k": random((rows, 2 * 8), dtype, seed=1),
-        "v": random((rows, 2 * 8), dtype, seed=2),
+        "q": random((rows, 4 * head_dim), dtype, seed=0),
+        "k": random((rows, 2 * head_dim), dtype, seed=1),
+        "v": random((rows, 2 * head_dim), dtype, seed=2),
         "cos": cos,
         "sin": sin,
         "cu_seqlens": torch.tensor([0, rows // 3, rows // 3, rows]),
@@ -171,7 +175,8 @@ def _attention(rows: int, dtype: torch.dtype) -> Arguments:
 
 
 def _dual_chunk_attention(q, k, v, cos, sin, cu_seqlens, logit_scale) -> torch.Tensor:  # type: ignore[no-untyped-def]
-    heads = (each.unflatten(-1, (-1, 8)) if each.dim() else each for each in (q, k, v))
+    counts = ((q, 4), (k, 2), (v, 2))
+    heads = (each.unflatten(-1, (number, -1)) if each.dim() else each for each, number in counts)
     return ops.dual_chunk_attention(
         *heads,
         chunks=_CHUNKS,
@@ -309,6 +314,8 @@ CASES["dual_chunk_attention"] = Case(
     registered=("dual_chunk_attention", "paged_decode_attention"),
     narrowed=("sin", "cu_seqlens", "logit_scale"),
     sizes=(0, 2, 7, 31, 32, 33),  # of one key the gradient of q is 0: test_dual_chunk_attention_op.py
+    kernel_arguments=lambda rows, dtype: _attention(rows, dtype, head_dim=64, rotated=64),
+    row_distance=2**24,
 )
 
 # The other names of `ops`, and why they are no operations of their own.

@@ -13,6 +13,7 @@ from dual_chunk_checks import Example
 from megatron_qwen import ops
 from megatron_qwen.errors import ConfigError
 from megatron_qwen.kernels.dual_chunk_attention import blockwise, pieces, reference
+from megatron_qwen.kernels.dual_chunk_attention.arguments import unfit
 from megatron_qwen.testing.compare import assert_relative
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -290,3 +291,10 @@ def test_layout_sizes() -> None:
         _, succ, inter = reference.layout.query_positions(chunks, torch.arange(chunks.stride))
         assert int((succ != inter).sum()) == chunks.alike_from
         assert int(torch.stack([succ.max(), inter.max()]).max()) == chunks.inter_position
+
+
+def test_rows_too_far_apart_for_kernels_are_named() -> None:
+    near = torch.empty(2, 1, 64)
+    far = torch.empty(64).as_strided((1, 1, 64), (2**24 + 1, 64, 1))
+    assert not unfit(near, None, 1.0, near)
+    assert "rows are 16777217 numbers apart" in unfit(near, None, 1.0, far)
