@@ -158,11 +158,11 @@ def _plain_grouped_mlp(x, weights, offsets, fc1, fc2) -> torch.Tensor:  # type: 
     return torch.cat(parts)
 
 
-_CHUNKS = ops.ChunkLayout.released(8, 3)
+_CHUNKS = ops.ChunkLayout.released(16, 3)
 
 
 def _attention(rows: int, dtype: torch.dtype, head_dim: int = 8, rotated: int = 6) -> Arguments:
-    cos, sin = dual_chunk_checks.tables(9, dtype, rotated)
+    cos, sin = dual_chunk_checks.tables(17, dtype, rotated)
     return {
         "q": random((rows, 4 * head_dim), dtype, seed=0),
         "k": random((rows, 2 * head_dim), dtype, seed=1),
