@@ -18,7 +18,8 @@ import triton.language as tl
 
 from ..column_sum import multiprocessors
 from .layout import ChunkLayout
-from .tiles import INTER, INTRA, IS_INTERPRETED, LONGEST, SUCC, query_position
+from .tile_lists import LONGEST
+from .tiles import INTER, INTRA, IS_INTERPRETED, SUCC, query_position
 
 # Rows of the smallest product of tensor cores: the query heads of a key head are padded to so many.
 SMALLEST_PRODUCT = 16

@@ -22,6 +22,7 @@ import triton.language as tl
 from .kernel_backward import launch_backward
 from .request import AttentionRequest
 from .rotate_kernel import rotated_keys
+from .tile_lists import strides, tiles_of_queries
 from .tiles import (
     IS_INTERPRETED,
     UNSPECIALIZED,
@@ -34,9 +35,7 @@ from .tiles import (
     numbers,
     query_position,
     rotations,
-    strides,
     tile_range,
-    tiles_of_queries,
 )
 
 __all__ = ["launch_backward", "launch_forward"]
@@ -129,7 +128,8 @@ def dca_forward_kernel(
                 )  # fmt: skip
     has_keys = total > 0.0
     out = out / tl.where(has_keys, total, 1.0)[:, None]
-    lse = tl.where(has_keys, (largest + tl.log2(tl.where(has_keys, total, 1.0))) * 0.6931471805599453, float("-inf"))
+    of_keys = largest.to(tl.float64) + tl.log2(tl.where(has_keys, total, 1.0)).to(tl.float64)
+    lse = tl.where(has_keys, (of_keys * 0.6931471805599453).to(tl.float32), float("-inf"))
     tl.store(lse_ptr + (at * HEADS + head) * rows_q + first_row + row, lse, mask=is_row)
     out_base = out_ptr + ((at * rows_q + first_row) * HEADS + head) * (2 * HALF)
     out_offset = row[:, None] * (HEADS * 2 * HALF) + tl.arange(0, 2 * HALF)[None, :]

@@ -25,6 +25,7 @@ import triton.language as tl
 
 from .request import AttentionRequest
 from .rotate_kernel import keys_rotated_back, queries_rotated_back, rotated_keys, rotated_queries
+from .tile_lists import strides, tiles_of_keys, tiles_of_queries
 from .tiles import (
     INTER,
     INTRA,
@@ -36,10 +37,7 @@ from .tiles import (
     load_halves,
     locate,
     numbers,
-    strides,
     tile_range,
-    tiles_of_keys,
-    tiles_of_queries,
 )
 
 BLOCK_ROWS = 32
@@ -62,8 +60,11 @@ def dca_delta_kernel(
     out = tl.load(out_base + row[:, None] * out_row + column, mask=is_row[:, None], other=0.0).to(tl.float32)
     at = (index * HEADS + head) * rows + first_row + row
     lse = tl.load(lse_ptr + at, mask=is_row, other=0.0)
-    tl.store(delta_ptr + at, tl.sum(grad * out, axis=1), mask=is_row)
-    exponent = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
+    products = tl.dot(grad, out.T, input_precision="ieee")
+    delta = tl.sum(tl.where(row[:, None] == row[None, :], products, 0.0), axis=1)
+    tl.store(delta_ptr + at, delta, mask=is_row)
+    exponent = (lse.to(tl.float64) * 1.4426950408889634).to(tl.float32)
+    exponent = tl.where(lse == float("-inf"), float("inf"), exponent)
     tl.store(exponent_ptr + at, exponent, mask=is_row)
 
 

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 
 from .request import AttentionRequest
-from .tiles import floor_div, load_angles, load_halves, query_position, rotations, stride_of, strides
+from .tile_lists import positions_of_keys, positions_of_queries, stride_of, strides
+from .tiles import floor_div, load_angles, load_halves, query_position, rotations
 
 BLOCK_ROWS = 32
 
@@ -86,7 +87,7 @@ def rotated_keys(k: torch.Tensor, request: AttentionRequest) -> torch.Tensor:
     """Return k rotated once, at j mod L; k itself where that is done, or not wanted."""
     if request.tables is None or request.keys_rotated:
         return k
-    return _rotated(k, request, _positions_of_keys(request, k), request.key_start, copies=1)[0]
+    return _rotated(k, request, positions_of_keys(request, k), request.key_start, copies=1)[0]
 
 
 def rotated_queries(q: torch.Tensor, request: AttentionRequest) -> torch.Tensor:
@@ -94,19 +95,19 @@ def rotated_queries(q: torch.Tensor, request: AttentionRequest) -> torch.Tensor:
     if request.tables is None:
         return q.unsqueeze(0)
     copies = 1 if request.chunks is None else 3
-    return _rotated(q, request, _positions_of_queries(request, q), request.query_start, copies)
+    return _rotated(q, request, positions_of_queries(request, q), request.query_start, copies)
 
 
 def keys_rotated_back(grad: torch.Tensor, like: torch.Tensor, request: AttentionRequest) -> torch.Tensor:
     """Return the gradient of k, in the dtype of `like`, from that of the rotated keys, contiguous."""
-    return _rotated_back(grad.unsqueeze(0), like, request, _positions_of_keys(request, like), request.key_start)
+    return _rotated_back(grad.unsqueeze(0), like, request, positions_of_keys(request, like), request.key_start)
 
 
 def queries_rotated_back(grads: torch.Tensor, like: torch.Tensor, request: AttentionRequest) -> torch.Tensor:
     """Return the gradient of q, in the dtype of `like`, from those of `rotated_queries`, contiguous."""
     if request.tables is None:
         return grads[0]
-    return _rotated_back(grads, like, request, _positions_of_queries(request, like), request.query_start)
+    return _rotated_back(grads, like, request, positions_of_queries(request, like), request.query_start)
 
 
 def _rotated(
@@ -148,22 +149,3 @@ def _numbers(x: torch.Tensor, request: AttentionRequest, copies: int) -> dict[st
         "BLOCK_ROWS": BLOCK_ROWS,
         "num_warps": 4,
     }
-
-
-def _positions_of_keys(request: AttentionRequest, k: torch.Tensor) -> torch.Tensor | None:
-    """Return the position of each packed row of k; None where all sequences have the same."""
-    return None if request.cu_seqlens is None else _packed_positions(request.cu_seqlens[1], k.shape[0], 0)
-
-
-def _positions_of_queries(request: AttentionRequest, q: torch.Tensor) -> torch.Tensor | None:
-    if request.cu_seqlens is None:
-        return None
-    of_q, of_k = request.cu_seqlens
-    return _packed_positions(of_q, q.shape[0], of_k.diff() - of_q.diff())
-
-
-def _packed_positions(cu_seqlens: torch.Tensor, rows: int, starts: torch.Tensor | int) -> torch.Tensor:
-    """Return the position of each row of packed sequences, whose first rows are at `starts`."""
-    row = torch.arange(rows, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-    sequence = torch.searchsorted(cu_seqlens[1:], row, right=True).clamp(max=cu_seqlens.shape[0] - 2)
-    return row - (cu_seqlens[:-1] - starts)[sequence]

@@ -12,7 +12,6 @@ Shapes: B sequences, T tokens of packed ones, S tokens of a row, H heads, D = 2 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -20,9 +19,8 @@ import triton.language as tl
 from triton.runtime import driver
 
 from .request import AttentionRequest
+from .tile_lists import LONGEST, Tiles, stride_of
 
-# Positions of plain attention, so that a chunk before position 0 and twice that are 32-bit numbers.
-LONGEST = 1 << 29
 # The interpreter multiplies bf16 as the integers it holds them in; a device must get 16 bits for its tensor cores.
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 INTER, SUCC, INTRA = (tl.constexpr(index) for index in range(3))
@@ -116,92 +114,6 @@ def load_queries(
     if WIDENS:
         return first.to(tl.float32), second.to(tl.float32)
     return first, second
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tiles:
-    """The programs of a launch.
-
-    Attributes:
-        slots: tiles, or room for those of packed sequences.
-        list_of_tiles: int32 [slots, 2], sequence and tile, or -1; None where all sequences have the same.
-        first_tile: the one with most work, where all have the same.
-        per_chunk: tiles of a chunk.
-    """
-
-    slots: int
-    list_of_tiles: torch.Tensor | None
-    first_tile: int
-    per_chunk: int
-
-
-def stride_of(request: AttentionRequest) -> int:
-    """Return L, or what stands for it in plain attention."""
-    return LONGEST if request.chunks is None else request.chunks.stride
-
-
-def tiles_of_queries(request: AttentionRequest, q: torch.Tensor, block: int) -> Tiles:
-    """Return tiles of the rows of q; the last rows have most keys."""
-    stride = stride_of(request)
-    per_chunk = triton.cdiv(stride, block)
-    if request.cu_seqlens is not None:
-        of_q, of_k = (each.diff() for each in request.cu_seqlens)
-        starts = of_k - of_q
-        return _packed_tiles(starts, of_q, starts + of_q, q.shape[0], stride, block, is_descending=True)
-    batch, rows = q.shape[:2]
-    first, last = (_tile(request.query_start + row, stride, block) for row in (0, rows - 1))
-    return Tiles(slots=batch * (last - first + 1), list_of_tiles=None, first_tile=last, per_chunk=per_chunk)
-
-
-def tiles_of_keys(request: AttentionRequest, k: torch.Tensor, block: int) -> Tiles:
-    """Return tiles of the rows of k; the first keys have most queries."""
-    stride = stride_of(request)
-    per_chunk = triton.cdiv(stride, block)
-    if request.cu_seqlens is not None:
-        lengths = request.cu_seqlens[1].diff()
-        return _packed_tiles(
-            torch.zeros_like(lengths), lengths, lengths, k.shape[0], stride, block, is_descending=False
-        )
-    batch, rows = k.shape[:2]
-    first, last = (_tile(request.key_start + row, stride, block) for row in (0, rows - 1))
-    return Tiles(slots=batch * (last - first + 1), list_of_tiles=None, first_tile=first, per_chunk=per_chunk)
-
-
-def _tile(position: int, stride: int, block: int) -> int:
-    """Return the tile of a position."""
-    return position // stride * triton.cdiv(stride, block) + position % stride // block  # type: ignore[no-any-return]
-
-
-def _packed_tiles(
-    starts: torch.Tensor, lengths: torch.Tensor, ends: torch.Tensor, rows: int, stride: int, block: int,
-    is_descending: bool,
-) -> Tiles:  # fmt: skip
-    """List the tiles of sequences [B] of positions start ... start + length - 1; work is what lies before or behind."""
-    per_chunk = int(triton.cdiv(stride, block))
-
-    def tile(position: torch.Tensor) -> torch.Tensor:
-        return position.div(stride, rounding_mode="floor") * per_chunk + position.remainder(stride) // block
-
-    first = tile(starts)
-    counts = torch.where(lengths > 0, tile(starts + lengths - 1) - first + 1, 0)
-    # Whole tiles, ends of chunks, and a beginning and an end of each sequence.
-    slots = rows // block + rows // stride + 3 * lengths.shape[0]
-    behind = counts.cumsum(0)
-    slot = torch.arange(slots, device=lengths.device)
-    sequence = torch.searchsorted(behind, slot, right=True)
-    is_tile = sequence < lengths.shape[0]
-    sequence = sequence.clamp(max=lengths.shape[0] - 1)
-    number = first[sequence] + slot - (behind - counts)[sequence]
-    begin = number.div(per_chunk, rounding_mode="floor") * stride + number.remainder(per_chunk) * block
-    work = begin if is_descending else ends[sequence] - begin
-    order = torch.where(is_tile, work, -LONGEST).argsort(descending=True, stable=True)
-    listed = torch.stack([torch.where(is_tile, sequence, -1), number], 1)[order].to(torch.int32)
-    return Tiles(slots=slots, list_of_tiles=listed.contiguous(), first_tile=0, per_chunk=per_chunk)
-
-
-def strides(heads: torch.Tensor) -> tuple[int, int, int]:
-    """Return those of batch, row and head; packed sequences are one batch."""
-    return (0, *heads.stride()[:2]) if heads.dim() == 3 else heads.stride()[:3]  # type: ignore[return-value]
 
 
 def numbers(q: torch.Tensor, k: torch.Tensor, request: AttentionRequest, tiles: Tiles) -> dict[str, int]:
