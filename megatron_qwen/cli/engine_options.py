@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -15,22 +20,6 @@ if TYPE_CHECKING:
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
-DcaChunkOption = Annotated[
-    int | None,
-    typer.Option(
-        "--dca-chunk-size",
-        help="Dual chunk attention: tokens of a chunk with its window, at most the trained length. "
-        "[default: config.json's, or off]",
-    ),
-]
-DcaLocalOption = Annotated[
-    int | None,
-    typer.Option("--dca-local-size", help="Its window, in tokens. [default: config.json's, or chunk size / 16]"),
-]
-PrefillOption = Annotated[
-    int | None,
-    typer.Option("--prefill-chunk-size", help="Prompt tokens computed at once, which bounds memory. [default: 4096]"),
-]
 CacheOption = Annotated[
     int | None,
     typer.Option(
@@ -40,10 +29,86 @@ CacheOption = Annotated[
 ]
 
 
-def check_dtype(dtype: str | None) -> None:
-    """Raise ConfigError for a dtype that is not among `DTYPES`."""
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"--dtype: got {dtype!r}, expected one of {sorted(DTYPES)}")
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How a model is loaded and attends. The fields are the options of a verb marked by `with_engine_options`.
+
+    Raises:
+        ConfigError: a dtype that is not among `DTYPES`.
+    """
+
+    dca_chunk_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Dual chunk attention: tokens of a chunk with its window, at most the trained length. "
+            "[default: config.json's, or off]",
+        ),
+    ] = None
+    dca_local_size: Annotated[
+        int | None, typer.Option(help="Its window, in tokens. [default: config.json's, or chunk size / 16]")
+    ] = None
+    prefill_chunk_size: Annotated[
+        int | None, typer.Option(help="Prompt tokens computed at once, which bounds memory. [default: 4096]")
+    ] = None
+    tp: Annotated[int, typer.Option("--tp", "--tensor-model-parallel-size", help="Tensor parallel size.")] = 1
+    pp: Annotated[int, typer.Option("--pp", "--pipeline-model-parallel-size", help="Pipeline parallel size.")] = 1
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16. [default: the folder's own]")] = None
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Open weights in pickle files, under an allow-list of plain classes.")
+    ] = False
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ConfigError(f"--dtype: got {self.dtype!r}, expected one of {sorted(DTYPES)}")
+
+    def load(self, folder: Path, *, cache_tokens: int | None = None) -> Engine:
+        """Join the ranks of the layout and load the model in `folder` onto them.
+
+        Raises:
+            QwenError: see `Engine.load`.
+        """
+        import torch
+
+        from megatron_qwen.inference.engine import PREFILL_CHUNK_SIZE, Engine
+        from megatron_qwen.parallel import groups
+        from megatron_qwen.parallel.layout import ParallelLayout
+
+        layout = ParallelLayout(tp=self.tp, pp=self.pp)
+        groups.initialize(layout)
+        return Engine.load(
+            folder,
+            layout=layout,
+            dtype=getattr(torch, DTYPES[self.dtype]) if self.dtype else None,
+            chunk_size=self.dca_chunk_size,
+            local_size=self.dca_local_size,
+            allow_pickle=self.allow_pickle,
+            prefill_chunk_size=PREFILL_CHUNK_SIZE if self.prefill_chunk_size is None else self.prefill_chunk_size,
+            cache_tokens=cache_tokens,
+        )
+
+
+def with_engine_options(verb: Callable[..., None]) -> Callable[..., None]:
+    """Give a verb the fields of `EngineOptions` as options, in the place of its parameter `engine`."""
+    hints = get_type_hints(EngineOptions, include_extras=True)
+    fields = [
+        inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=hints[each.name])
+        for each in dataclasses.fields(EngineOptions)
+    ]
+    own = get_type_hints(verb, include_extras=True)
+    parameters: list[inspect.Parameter] = []
+    for each in inspect.signature(verb).parameters.values():
+        keyword = each.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=own[each.name])
+        parameters += fields if each.name == "engine" else [keyword]
+
+    @functools.wraps(verb)
+    def run(**given: Any) -> None:
+        options = EngineOptions(**{field.name: given.pop(field.name) for field in fields})
+        verb(**given, engine=options)
+
+    # What Typer reads, instead of the names in the verb's own signature.
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    return run
 
 
 def describe_chunks(context: LongContext) -> dict[str, int] | None:
@@ -52,39 +117,3 @@ def describe_chunks(context: LongContext) -> dict[str, int] | None:
         return None
     sizes = {"chunk_size": context.chunks.chunk_size, "local_size": context.chunks.local_size}
     return {**sizes, "original_length": context.original_length}
-
-
-def load_engine(
-    folder: Path,
-    *,
-    layout: tuple[int, int],
-    dtype: str | None,
-    allow_pickle: bool,
-    chunk_size: int | None,
-    local_size: int | None,
-    prefill_chunk_size: int | None,
-    cache_tokens: int | None = None,
-) -> Engine:
-    """Join the ranks of a layout (tp, pp) and load the model in `folder` onto them.
-
-    Raises:
-        QwenError: see `Engine.load`.
-    """
-    import torch
-
-    from megatron_qwen.inference.engine import PREFILL_CHUNK_SIZE, Engine
-    from megatron_qwen.parallel import groups
-    from megatron_qwen.parallel.layout import ParallelLayout
-
-    parallel = ParallelLayout(tp=layout[0], pp=layout[1])
-    groups.initialize(parallel)
-    return Engine.load(
-        folder,
-        layout=parallel,
-        dtype=getattr(torch, DTYPES[dtype]) if dtype else None,
-        chunk_size=chunk_size,
-        local_size=local_size,
-        allow_pickle=allow_pickle,
-        prefill_chunk_size=PREFILL_CHUNK_SIZE if prefill_chunk_size is None else prefill_chunk_size,
-        cache_tokens=cache_tokens,
-    )

@@ -13,14 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megatron_qwen.cli.engine_options import (
-    CacheOption,
-    DcaChunkOption,
-    DcaLocalOption,
-    PrefillOption,
-    check_dtype,
-    describe_chunks,
-)
+from megatron_qwen.cli.engine_options import CacheOption, EngineOptions, describe_chunks, with_engine_options
 from megatron_qwen.errors import ConfigError, CorruptInputError, IncompleteInputError
 
 if TYPE_CHECKING:
@@ -35,7 +28,7 @@ END_OF_TURN = "<|im_end|>"
 
 def register(app: typer.Typer) -> None:
     """Add the verb `generate`."""
-    app.command("generate")(generate)
+    app.command("generate")(with_engine_options(generate))
 
 
 def generate(
@@ -57,17 +50,10 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Seed of the draws. [default: 0]")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the most likely token.")] = False,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")] = None,
-    tp: Annotated[int, typer.Option("--tp", "--tensor-model-parallel-size", help="Tensor parallel size.")] = 1,
-    pp: Annotated[int, typer.Option("--pp", "--pipeline-model-parallel-size", help="Pipeline parallel size.")] = 1,
+    *,
+    engine: EngineOptions,
     nproc: Annotated[int | None, typer.Option(help="Local ranks to start. [default: tp x pp]")] = None,
-    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16. [default: the folder's own]")] = None,
-    dca_chunk_size: DcaChunkOption = None,
-    dca_local_size: DcaLocalOption = None,
-    prefill_chunk_size: PrefillOption = None,
     cache_tokens: CacheOption = None,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Open weights in pickle files, under an allow-list of plain classes.")
-    ] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print text as it comes (one prompt).")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
@@ -79,8 +65,8 @@ def generate(
     """
     from megatron_qwen.parallel.launch import is_rank_process, relaunch_on_local_ranks
 
-    _check_options(folder, dtype=dtype, chat=chat, system=system, stream=stream, json_output=json_output)
-    ranks = nproc or tp * pp
+    _check_options(folder, chat=chat, system=system, stream=stream, json_output=json_output)
+    ranks = nproc or engine.tp * engine.pp
     if ranks > 1 and not is_rank_process():
         if prompt or prompt_file:
             raise typer.Exit(relaunch_on_local_ranks(sys.argv[1:], ranks))
@@ -107,25 +93,15 @@ def generate(
         given,
         chat=chat,
         system=system,
-        engine={
-            "layout": (tp, pp),
-            "dtype": dtype,
-            "allow_pickle": allow_pickle,
-            "chunk_size": dca_chunk_size,
-            "local_size": dca_local_size,
-            "prefill_chunk_size": prefill_chunk_size,
-            "cache_tokens": cache_tokens,
-        },
+        engine=engine,
+        cache_tokens=cache_tokens,
         stream=stream,
         as_json=json_output,
     )
 
 
-def _check_options(
-    folder: Path, *, dtype: str | None, chat: bool, system: str | None, stream: bool, json_output: bool
-) -> None:
+def _check_options(folder: Path, *, chat: bool, system: str | None, stream: bool, json_output: bool) -> None:
     """Refuse what can be refused before anything heavy is imported or any rank started."""
-    check_dtype(dtype)
     if system is not None and not chat:
         raise ConfigError("--system is part of a chat; add --chat")
     if stream and json_output:
@@ -179,11 +155,11 @@ def _run(
     *,
     chat: bool,
     system: str | None,
-    engine: Mapping[str, Any],
+    engine: EngineOptions,
+    cache_tokens: int | None,
     stream: bool,
     as_json: bool,
 ) -> None:
-    from megatron_qwen.cli.engine_options import load_engine
     from megatron_qwen.conversion.loading import read_config
     from megatron_qwen.data.tokenizer import QwenTokenizer
     from megatron_qwen.inference.completion import check_prompts
@@ -195,15 +171,15 @@ def _run(
     params, sources = _choose_settings(given, tokenizer, config, chat=chat)
     prompts = [_as_chat(tokenizer, text, system) for text in texts] if chat else list(texts)
     # Before the weights are read, which may take minutes.
-    context = LongContext.of_model(config, chunk_size=engine["chunk_size"], local_size=engine["local_size"])
+    context = LongContext.of_model(config, chunk_size=engine.dca_chunk_size, local_size=engine.dca_local_size)
     check_prompts([tokenizer.encode(text) for text in prompts], context=context, vocab_size=config.vocab_size)
-    loaded = load_engine(folder, **engine)
+    loaded = engine.load(folder, cache_tokens=cache_tokens)
     start = time.perf_counter()
     on_text = _print_now if stream and groups.is_rank_zero() else None
     completions = loaded.generate(prompts, params, on_text=on_text)
     seconds = time.perf_counter() - start
     if groups.is_rank_zero():
-        layout = engine["layout"]
+        layout = engine.tp, engine.pp
         _show(folder, prompts, completions, params, sources, seconds, layout, context, stream=stream, as_json=as_json)
     groups.shutdown()
 
