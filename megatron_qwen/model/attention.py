@@ -25,7 +25,7 @@ from megatron_qwen.errors import ConfigError
 from megatron_qwen.model.dual_chunk import DualChunk, dual_chunk_of, packed_bounds, rank_positions, sequence_length
 from megatron_qwen.model.gathered_attention import CausalAttention, attend_gathered, attend_packed, plan_packed
 from megatron_qwen.model.ring_attention import attend_ring
-from megatron_qwen.parallel.context import ALL_GATHER, RING, require_comm_type
+from megatron_qwen.parallel.context import RING, packed_lengths, require_comm_type
 from megatron_qwen.parallel.per_tensor import PerTensor
 
 if TYPE_CHECKING:
@@ -201,11 +201,14 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]  # megatron-core is u
     ) -> torch.Tensor:
         group = self.cp_group
         assert group is not None, "only with context parallelism"
+        rows = query, key, value, attention, group
+        if self.cp_comm_type == RING:
+            lengths = None
+            if bounds is not None:
+                lengths = _LENGTHS.get(bounds, lambda: packed_lengths(bounds, size=group.size()))
+            return attend_ring(*rows, lengths=lengths, logit_scale=logit_scale)
         if bounds is None:
-            attend = attend_ring if self.cp_comm_type == RING else attend_gathered
-            return attend(query, key, value, attention, group, logit_scale=logit_scale)
-        if self.cp_comm_type != ALL_GATHER:
-            raise ConfigError(f"cp_comm_type: got {self.cp_comm_type!r} with packed sequences; expected {ALL_GATHER!r}")
+            return attend_gathered(*rows, logit_scale=logit_scale)
         plan = _PLANS.get(bounds, lambda: plan_packed(bounds, rank=group.rank(), size=group.size()))
         return attend_packed(query, key, value, plan, attention, group, logit_scale=logit_scale)
 
@@ -224,7 +227,7 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]  # megatron-core is u
             raise ConfigError(f"local attention: {' and '.join(found)} with {what}; expected none")
 
 
-_PLANS = PerTensor()
+_PLANS, _LENGTHS = PerTensor(), PerTensor()
 
 
 def _on_one_rank(

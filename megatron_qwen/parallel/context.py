@@ -11,6 +11,8 @@ by one. Keys and values come to the queries in one of two ways, by the names of 
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from megatron_qwen.errors import ConfigError
@@ -35,6 +37,26 @@ def require_comm_type(name: str, where: str) -> str:
 def pieces_of_rank(rank: int, size: int) -> tuple[int, int]:
     """Return the two pieces of every sequence, of 2 * size, that context-parallel rank `rank` has, in their order."""
     return rank, 2 * size - 1 - rank
+
+
+def packed_lengths(cu_seqlens: torch.Tensor, *, size: int) -> tuple[int, ...]:
+    """Return the lengths of packed sequences. Reads cu_seqlens on the host: call it once per batch.
+
+    Args:
+        cu_seqlens: boundaries of the sequences on all ranks together, integers [sequences + 1], from 0.
+        size: number of context-parallel ranks.
+
+    Raises:
+        ConfigError: boundaries that do not ascend from 0, or a length that 2 * size does not divide.
+    """
+    bounds = cu_seqlens.tolist()
+    lengths = tuple(end - begin for begin, end in itertools.pairwise(bounds))
+    if bounds[:1] != [0] or any(length < 0 or length % (2 * size) for length in lengths):
+        raise ConfigError(
+            f"context parallelism: boundaries of packed sequences {bounds}; expected ascending numbers from 0, "
+            f"multiples of 2 * cp = {2 * size}"
+        )
+    return lengths
 
 
 def tokens_of_rank(tensor: torch.Tensor, *, dim: int, rank: int, size: int) -> torch.Tensor:

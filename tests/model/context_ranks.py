@@ -12,8 +12,8 @@ from megatron_qwen.model.config import QwenConfig
 from megatron_qwen.parallel.layout import ParallelLayout
 
 BATCH, LENGTH = 2, 48
-# Of packed sequences: multiples of 2 cp = 8, one of them empty.
-BOUNDS = (0, 8, 40, 40, 56, 96)
+# Of packed sequences: multiples of 2 cp = 8, neighbours of one length, empty ones in between and at the end.
+BOUNDS = (0, 8, 32, 56, 56, 96, 96)
 HEADS, GROUPS, HEAD = 4, 2, 6
 
 
@@ -163,6 +163,7 @@ def attention_of_rank(each: Heads, kind: str, group: Any) -> tuple[torch.Tensor,
     from megatron_qwen import ops
     from megatron_qwen.model.gathered_attention import CausalAttention, attend_gathered, attend_packed, plan_packed
     from megatron_qwen.model.ring_attention import attend_ring
+    from megatron_qwen.parallel.context import packed_lengths
 
     where = {"cp_rank": group.rank(), "cp_size": group.size()}
     is_packed = each.q.dim() == 3
@@ -175,12 +176,14 @@ def attention_of_rank(each: Heads, kind: str, group: Any) -> tuple[torch.Tensor,
     chunks = None if each.chunks is None else ops.ChunkLayout.released(*each.chunks)
     attention = CausalAttention(chunks=chunks, tables=each.tables)
     logit_scale = None if each.logit_scale is None else each.logit_scale[rows]
-    if is_packed:
+    if kind == "p2p":
+        packed = packed_lengths(bounds, size=group.size()) if is_packed else None
+        output = attend_ring(*qkv, attention, group, lengths=packed, logit_scale=logit_scale)
+    elif is_packed:
         plan = plan_packed(bounds, rank=group.rank(), size=group.size())
         output = attend_packed(*qkv, plan, attention, group, logit_scale=logit_scale)
     else:
-        attend = attend_ring if kind == "p2p" else attend_gathered
-        output = attend(*qkv, attention, group, logit_scale=logit_scale)
+        output = attend_gathered(*qkv, attention, group, logit_scale=logit_scale)
     return rows, output.detach(), *torch.autograd.grad(output, qkv, each.grad[rows])
 
 

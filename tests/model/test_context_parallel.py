@@ -17,7 +17,8 @@ from megatron_qwen import ops
 from megatron_qwen.errors import ConfigError
 from megatron_qwen.model.config import DualChunkAttention, QwenConfig
 from megatron_qwen.model.gathered_attention import plan_packed
-from megatron_qwen.parallel.context import pieces_of_rank, tokens_of_rank
+from megatron_qwen.model.ring_attention import _batches
+from megatron_qwen.parallel.context import packed_lengths, pieces_of_rank, tokens_of_rank
 from megatron_qwen.parallel.layout import ParallelLayout
 from megatron_qwen.testing.compare import assert_close_to_fp64, assert_relative
 from megatron_qwen.testing.ranks import run_ranks
@@ -61,9 +62,9 @@ def cases() -> list[Case]:
         replace(one, name="dense-dca cp=2 full recompute", fields={**full, **gathered}),
         replace(one, name="moe-dca cp=2", config=MODELS["moe-dca"]),
         *(
-            Case(name=f"{name}-packed cp={cp}", config=MODELS[name], layout=ParallelLayout(cp=cp), is_packed=True,
-                 fields=gathered)
-            for name in ("dense", "dense-dca") for cp in (2, 4)
+            Case(name=f"{name}-packed cp={cp} {kind}", config=MODELS[name], layout=ParallelLayout(cp=cp),
+                 is_packed=True, fields={"cp_comm_type": kind})
+            for name in ("dense", "dense-dca") for cp in (2, 4) for kind in KINDS
         ),
     ]  # fmt: skip
 
@@ -71,8 +72,11 @@ def cases() -> list[Case]:
 JOBS = [
     (heads(chunks=chunks, is_packed=is_packed, dtype=torch.float64), kind)
     for chunks in (None, CHUNKS)
-    for kind, is_packed in (*((kind, False) for kind in KINDS), ("all_gather", True))
+    for is_packed in (False, True)
+    for kind in KINDS
 ]
+# Without a factor for each row, in which neighbours of one length would differ.
+JOBS.append((replace(JOBS[-2][0], logit_scale=None), "p2p"))
 JOBS += [(heads(chunks=CHUNKS, is_packed=False, dtype=torch.bfloat16), kind) for kind in KINDS]
 SIZES = (2, 4)
 
@@ -199,6 +203,22 @@ def test_the_pieces_of_a_sequence():
     assert sorted(piece for rank in range(3) for piece in pieces_of_rank(rank, 3)) == list(range(6))
     with pytest.raises(ConfigError, match=r"10 tokens; expected a multiple of 2 \* cp = 4"):
         tokens_of_rank(torch.arange(10), dim=0, rank=0, size=2)
+
+
+def test_packed_sequences_that_cannot_be_cut():
+    assert packed_lengths(torch.tensor([0, 4, 4, 12], dtype=torch.int32), size=2) == (4, 0, 8)
+    assert packed_lengths(torch.tensor([0]), size=2) == ()
+    for bounds in ([0, 4, 10], [4, 8], [0, 8, 4], []):
+        with pytest.raises(ConfigError, match=r"expected ascending numbers from 0, multiples of 2 \* cp = 4"):
+            packed_lengths(torch.tensor(bounds, dtype=torch.int32), size=2)
+
+
+def test_the_ring_takes_neighbours_of_one_length_together():
+    lengths = (4, 8, 8, 0, 8)
+    assert _batches(lengths, 14, 2, has_neighbours=True) == ((1, 2), (2, 4), (1, 0), (1, 4))
+    assert _batches(lengths, 14, 2, has_neighbours=False) == ((1, 2), (1, 4), (1, 4), (1, 0), (1, 4))
+    with pytest.raises(ConfigError, match="12 tokens on this rank of 2, packed sequences of 28; expected 14 tokens"):
+        _batches(lengths, 12, 2, has_neighbours=True)
 
 
 def test_the_plan_of_packed_sequences():
