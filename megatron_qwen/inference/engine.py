@@ -15,6 +15,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from megatron_qwen.inference.completion import Completion, Row, Tokenizer, check
 from megatron_qwen.inference.forward import PagedForward, Segment
 from megatron_qwen.inference.long_context import LongContext
 from megatron_qwen.inference.sampling import Sampler, SamplingParams
+from megatron_qwen.inference.sparse_prefill import PromptAttention, SparseRequest
 from megatron_qwen.parallel.device import current_device
 
 if TYPE_CHECKING:
@@ -108,6 +110,7 @@ class Engine:
         dtype: torch.dtype | None = None,
         chunk_size: int | None = None,
         local_size: int | None = None,
+        sparse: SparseRequest | None = None,
         allow_pickle: bool = False,
         **options: Any,
     ) -> Engine:
@@ -119,6 +122,7 @@ class Engine:
             dtype: of the parameters; None takes config.json's.
             chunk_size: see `LongContext.of_model`.
             local_size: likewise.
+            sparse: likewise.
             allow_pickle: open weights that are pickles, as plain data.
             options: further arguments of the engine.
 
@@ -131,7 +135,7 @@ class Engine:
 
         path = Path(folder)
         config = read_config(path)
-        context = LongContext.of_model(config, chunk_size=chunk_size, local_size=local_size)
+        context = LongContext.of_model(config, chunk_size=chunk_size, local_size=local_size, folder=path, sparse=sparse)
         tokenizer = QwenTokenizer.load(path if (path / "config.json").is_file() else path / "hf")
         model = load_model(path, dtype=dtype, layout=layout, backend="local", allow_pickle=allow_pickle)
         return cls(model, tokenizer, context=context, vocab_size=config.vocab_size, **options)
@@ -188,17 +192,43 @@ class Engine:
         check_prompts([tokens[:-1]], context=self.context, vocab_size=self._vocab_size)
         losses = []
         with _evaluating(self._chunks):
-            cache, forward = self._prepare(len(tokens) - 1, len(tokens) - 1)
-            cache.admit(0, len(tokens) - 1)
-            for start in range(0, len(tokens) - 1, self._prefill_chunk_size):
-                end = min(start + self._prefill_chunk_size, len(tokens) - 1)
-                hidden = forward.hidden([Segment(sequence=0, tokens=tokens[start:end], start=start)])
-                part = torch.empty(end - start, device=current_device())
+            for new, hidden in self._read(tokens[:-1]):
+                part = torch.empty(len(new), device=current_device())
                 if hidden is not None:
-                    labels = torch.tensor([tokens[start + 1 : end + 1]], device=hidden.device)
+                    labels = torch.tensor([tokens[new.start + 1 : new.stop + 1]], device=hidden.device)
                     part.copy_(self._chunks[-1].compute_fused_loss(hidden, labels)[0])
                 losses.append(_from_last_stage(part).cpu())
         return torch.cat(losses)
+
+    def watch(self, tokens: Sequence[int], observer: Callable[[PromptAttention], None]) -> None:
+        """Read a text as a prompt and show an observer the attention of every layer of this rank, piece by piece.
+
+        Collective, as `generate`.
+
+        Args:
+            tokens: ids of the text.
+            observer: called in the order of pieces, then layers; what it gets is the engine's and changes afterwards.
+
+        Raises:
+            ConfigError: a text without tokens, or see `generate`.
+        """
+        check_prompts([tokens], context=self.context, vocab_size=self._vocab_size)
+        with _evaluating(self._chunks):
+            for _ in self._read(tokens, observer):
+                pass
+
+    def _read(
+        self, tokens: Sequence[int], observer: Callable[[PromptAttention], None] | None = None
+    ) -> Iterator[tuple[range, torch.Tensor | None]]:
+        """Prefill one text; yield positions, and on the last stage their hidden states, piece by piece."""
+        cache, forward = self._prepare(len(tokens), len(tokens), observer)
+        cache.admit(0, len(tokens))
+        for start in range(0, len(tokens), self._prefill_chunk_size):
+            new = range(start, min(start + self._prefill_chunk_size, len(tokens)))
+            segment = Segment(
+                sequence=0, tokens=tokens[new.start : new.stop], start=new.start, prompt_tokens=len(tokens)
+            )
+            yield new, forward.hidden([segment])
 
     def _rows(
         self, prompts: Sequence[str], params: SamplingParams, on_text: Callable[[int, str], None] | None
@@ -236,25 +266,31 @@ class Engine:
             active = [row for row in active if not row.finish_reason]
             yield
 
-    def _prepare(self, cache_tokens: int, most_tokens: int) -> tuple[PagedCache, PagedForward]:
+    def _prepare(
+        self, cache_tokens: int, most_tokens: int, observer: Callable[[PromptAttention], None] | None = None
+    ) -> tuple[PagedCache, PagedForward]:
         cache = PagedCache(self._cache_shape, self._cache_shape.pages_for(cache_tokens), current_device())
-        return cache, PagedForward(self._chunks, cache, self.context, most_tokens)
+        return cache, PagedForward(self._chunks, cache, self.context, most_tokens, observer)
 
     def _prefill(self, forward: PagedForward, rows: Sequence[Row]) -> Iterator[torch.Tensor | None]:
-        """Compute the rows' prompts in calls of at most `prefill_chunk_size` tokens; yield logits in their order."""
+        """Compute the rows' prompts in calls of at most `prefill_chunk_size` tokens; yield logits in their order.
+
+        A sparse prompt has calls of its own: what is kept of it depends on where it is cut, so not on its neighbours.
+        """
         segments: list[Segment] = []
         wanted: list[int] = []
         room = self._prefill_chunk_size
-        for row in rows:
-            start = 0
-            while start < len(row.prompt):
+        for row, following in itertools.zip_longest(rows, rows[1:]):
+            is_alone = any(each and self.context.is_sparse(len(each.prompt)) for each in (row, following))
+            start, end = 0, len(row.prompt)
+            while start < end:
                 tokens = row.prompt[start : start + room]
-                segments.append(Segment(sequence=row.index, tokens=tokens, start=start))
+                segments.append(Segment(sequence=row.index, tokens=tokens, start=start, prompt_tokens=end))
                 start += len(tokens)
                 room -= len(tokens)
-                if start == len(row.prompt):
+                if start == end:
                     wanted.append(len(segments) - 1)
-                if not room or (row is rows[-1] and start == len(row.prompt)):
+                if not room or (start == end and (following is None or is_alone)):
                     yield forward.logits(segments, wanted)
                     segments, wanted, room = [], [], self._prefill_chunk_size
 

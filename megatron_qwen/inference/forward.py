@@ -1,8 +1,9 @@
 """One forward call over the paged cache: new tokens of some sequences, through every stage of the model.
 
 The tokens of all sequences stand one behind the other, without padding, whether they are parts of prompts (prefill) or
-one new token of each (decode). During the call every layer's self-attention is replaced; its projections, the norms,
-the MLPs and the parameters stay the model's, of whatever backend.
+one new token of each (decode). A prompt that is attended sparsely has calls of its own. During a call every layer's
+self-attention is replaced; its projections, the norms, the MLPs and the parameters stay the model's, of whatever
+backend.
 
 Shapes: T new tokens, R sequences, N query heads and G key-value heads of this rank, D head size, H hidden size,
 V vocabulary.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from megatron_qwen import ops
 from megatron_qwen.inference.cache import PagedCache, gather
 from megatron_qwen.inference.long_context import LongContext
+from megatron_qwen.inference.sparse_prefill import PromptAttention, attend_sparsely
 from megatron_qwen.model.rope import model_tables
 
 
@@ -33,11 +35,13 @@ class Segment:
         sequence: its number in the cache.
         tokens: token ids.
         start: position of the first of them; everything before is in the cache.
+        prompt_tokens: length of the prompt that they are a part of; 0 for a token that was chosen.
     """
 
     sequence: int
     tokens: Sequence[int]
     start: int
+    prompt_tokens: int = 0
 
     @property
     def end(self) -> int:
@@ -51,7 +55,14 @@ class PagedForward:
     Collective: all ranks of the layout make the same calls.
     """
 
-    def __init__(self, chunks: Sequence[Any], cache: PagedCache, context: LongContext, max_tokens: int) -> None:
+    def __init__(
+        self,
+        chunks: Sequence[Any],
+        cache: PagedCache,
+        context: LongContext,
+        max_tokens: int,
+        observer: Callable[[PromptAttention], None] | None = None,
+    ) -> None:
         """Prepare.
 
         Args:
@@ -59,8 +70,9 @@ class PagedForward:
             cache: with as many layers as they have together.
             context: how to attend.
             max_tokens: of the longest sequence.
+            observer: shown the attention of each layer of this rank before it is computed, in calls of one prompt.
         """
-        self._chunks, self._cache = chunks, cache
+        self._chunks, self._cache, self._observer = chunks, cache, observer
         self._context = context.within(max_tokens)
         has_chunks = self._context.chunks is not None
         self._tables = model_tables(chunks[0], self._context.table_rows(max_tokens), exact=has_chunks)
@@ -137,13 +149,36 @@ class PagedForward:
         }
         if step.is_decode:
             output = ops.paged_decode_attention(query, keys, values, step.page_table, step.cached_lengths, **options)
+            return attention.linear_proj(output.flatten(1)[:, None])  # type: ignore[no-any-return]
+        packed = [gather(pages, step.pages, step.lengths) for pages in (keys, values)]
+        if self._observer is not None:
+            self._observer(_of_prompt(attention, query, packed, options))
+        if step.is_sparse:
+            assert context.sparse is not None
+            output = attend_sparsely(_of_prompt(attention, query, packed, options), context.sparse)
         else:
-            packed = [gather(pages, step.pages, step.lengths) for pages in (keys, values)]
             output, _ = ops.dual_chunk_attention(
                 query, *packed, keys_rotated=True, cu_seqlens_q=step.query_bounds, cu_seqlens_k=step.key_bounds,
                 **options,
             )  # fmt: skip
         return attention.linear_proj(output.flatten(1)[:, None])  # type: ignore[no-any-return]
+
+
+def _of_prompt(
+    attention: Any, query: torch.Tensor, packed: Sequence[torch.Tensor], options: Mapping[str, Any]
+) -> PromptAttention:
+    """Say of which layer and heads the query [T, N, D], keys and values [K, G, D] of one prompt are."""
+    from megatron.core import parallel_state
+
+    keys, values = packed
+    return PromptAttention(
+        layer=attention.layer_number - 1,  # Megatron counts the layers of all stages, from 1
+        first_head=parallel_state.get_tensor_model_parallel_rank() * query.shape[1],
+        query=query,
+        keys=keys,
+        values=values,
+        **options,
+    )
 
 
 class _CachedAttention:
@@ -173,7 +208,8 @@ class _Step:
         query_bounds, key_bounds: where sequences start in packed queries and keys, int32 [R + 1].
         page_table: pages, int32 [R, most pages], zeros behind the last of a sequence.
         cached_lengths: `lengths` as int32 [R].
-        is_decode: there is one new token per sequence.
+        is_decode: there is one new token per sequence, and none of a sparse prompt.
+        is_sparse: the tokens are of one prompt, which is attended sparsely.
     """
 
     tokens: torch.Tensor
@@ -188,6 +224,7 @@ class _Step:
     page_table: torch.Tensor
     cached_lengths: torch.Tensor
     is_decode: bool
+    is_sparse: bool
 
     @classmethod
     def of(cls, segments: Sequence[Segment], cache: PagedCache, context: LongContext, device: torch.device) -> _Step:
@@ -197,6 +234,8 @@ class _Step:
         pages = [cache.pages(each.sequence)[: cache.shape.pages_for(each.end)] for each in segments]
         most = max(len(each) for each in pages)
         scale = context.logit_scale(positions)
+        is_sparse = any(context.is_sparse(each.prompt_tokens) for each in segments)
+        assert not is_sparse or len(segments) == 1, "a sparse prompt shares a call with others"
         return cls(
             tokens=torch.tensor([token for each in segments for token in each.tokens], device=device),
             positions=positions.to(device),
@@ -209,7 +248,8 @@ class _Step:
             key_bounds=_bounds(lengths, device),
             page_table=torch.tensor([each + [0] * (most - len(each)) for each in pages], dtype=torch.int32).to(device),
             cached_lengths=torch.tensor(lengths, dtype=torch.int32, device=device),
-            is_decode=all(len(each.tokens) == 1 for each in segments),
+            is_decode=not is_sparse and all(len(each.tokens) == 1 for each in segments),
+            is_sparse=is_sparse,
         )
 
 

@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_qwen import ops
 from megatron_qwen.errors import ConfigError
+from megatron_qwen.inference.sparse_prefill import SparsePrefill, SparseRequest, table_rows
 from megatron_qwen.model.dual_chunk import chunk_layout, dual_chunk_of
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from megatron_qwen.model.config import QwenConfig
@@ -29,11 +32,13 @@ class LongContext:
         positions: tokens a text may have; None for as many as memory holds.
         chunks: Dual Chunk Attention, or None for plain attention.
         original_length: tokens from which the temperature rises; 0 for never.
+        sparse: how long prompts are attended sparsely, or None for never.
     """
 
     positions: int | None
     chunks: ops.ChunkLayout | None = None
     original_length: int = 0
+    sparse: SparsePrefill | None = None
 
     @classmethod
     def of_built(cls, model: Any) -> LongContext:
@@ -55,7 +60,13 @@ class LongContext:
 
     @classmethod
     def of_model(
-        cls, config: QwenConfig, *, chunk_size: int | None = None, local_size: int | None = None
+        cls,
+        config: QwenConfig,
+        *,
+        chunk_size: int | None = None,
+        local_size: int | None = None,
+        folder: Path | None = None,
+        sparse: SparseRequest | None = None,
     ) -> LongContext:
         """Return what fits a model.
 
@@ -63,10 +74,20 @@ class LongContext:
             config: its dual_chunk_attention_config switches Dual Chunk Attention on.
             chunk_size: tokens of a chunk and its window, in the place of the configuration's.
             local_size: tokens of the window; a sixteenth of chunk_size if None, as ChunkLlama has it for Qwen.
+            folder: of the model; see `SparsePrefill.of_model`.
+            sparse: what is asked of prompts; None leaves it to the model.
 
         Raises:
-            ConfigError: a window without chunks, sizes out of range, or chunks beyond what the model was trained on.
+            ConfigError: a window without chunks, sizes out of range, chunks beyond what the model was trained on; or as
+                `SparsePrefill.of_model`.
         """
+        dense = cls._dense(config, chunk_size, local_size)
+        has_chunks = dense.chunks is not None
+        prefill = SparsePrefill.of_model(config, folder, sparse or SparseRequest(), has_chunks=has_chunks)
+        return dataclasses.replace(dense, sparse=prefill)
+
+    @classmethod
+    def _dense(cls, config: QwenConfig, chunk_size: int | None, local_size: int | None) -> LongContext:
         if chunk_size is None and local_size is not None:
             raise ConfigError(f"local_size is {local_size} without chunk_size; give both, or chunk_size alone")
         own, plain = config.dual_chunk_attention, cls.plain(config)
@@ -99,13 +120,25 @@ class LongContext:
         return ops.log_length_temperature(positions + 1, self.original_length).square()
 
     def within(self, tokens: int) -> LongContext:
-        """Return the same for texts of at most so many tokens: plain attention if the first chunk holds them."""
+        """Return the same for texts of at most so many tokens.
+
+        Attention is plain if the first chunk holds them, and dense if no prompt can be beyond the threshold.
+        """
         is_one_chunk = self.chunks is not None and tokens <= self.chunks.stride
-        return dataclasses.replace(self, chunks=None) if is_one_chunk else self
+        is_dense = self.sparse is None or not self.sparse.applies_to(tokens)
+        return dataclasses.replace(
+            self, chunks=None if is_one_chunk else self.chunks, sparse=None if is_dense else self.sparse
+        )
+
+    def is_sparse(self, prompt_tokens: int) -> bool:
+        """Whether a prompt of so many tokens is attended sparsely."""
+        return self.sparse is not None and self.sparse.applies_to(prompt_tokens)
 
     def table_rows(self, tokens: int) -> int:
         """Return the positions that rotary tables must have for texts of so many tokens."""
-        return tokens if self.chunks is None else self.chunks.limit + 1
+        if self.chunks is None:
+            return tokens
+        return self.chunks.limit + 1 if self.sparse is None else max(self.chunks.limit + 1, table_rows(self.chunks))
 
     def key_positions(self, positions: torch.Tensor) -> torch.Tensor:
         """Return where keys are rotated, given where they are in their text."""

@@ -103,7 +103,9 @@ class DualChunkAttention:
             chunk_size - 1. Not among the released files' entries; written where it is "paper".
         sparse_attention_enabled, sparse_attention_threshold, sparse_attention_last_q: settings of the
             sparse prefill; None where the file does not have them.
-        other_fields: further entries of the file (such as `sparse_attention_config`), kept for export.
+        sparse_attention_config: its budgets by layer and head, as a `sparse_attention_config.json` has them; None
+            where they are not in config.json.
+        other_fields: further entries of the file, kept for export.
     """
 
     chunk_size: int
@@ -113,6 +115,7 @@ class DualChunkAttention:
     sparse_attention_enabled: bool | None = None
     sparse_attention_threshold: int | None = None
     sparse_attention_last_q: int | None = None
+    sparse_attention_config: Any = field(default=None, compare=False, repr=False)
     other_fields: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -127,8 +130,17 @@ class DualChunkAttention:
             )
         if self.cap not in CAPS:
             problems.append(f"cap: got {self.cap!r}, expected one of {', '.join(CAPS)}")
+        problems += self._sparse_problems()
         if problems:
             raise ConfigError("dual_chunk_attention_config: " + "; ".join(problems))
+
+    def _sparse_problems(self) -> Iterable[str]:
+        if self.sparse_attention_enabled not in (None, True, False):
+            yield f"sparse_attention_enabled: got {self.sparse_attention_enabled!r}, expected true or false"
+        for name, least in (("sparse_attention_threshold", 0), ("sparse_attention_last_q", 1)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                yield f"{name}: got {value!r}, expected a whole number >= {least}"
 
     @property
     def chunk_length(self) -> int:

@@ -149,9 +149,12 @@ def test_dual_chunk_attention_is_read_and_written_as_released(caplog):
         "sparse_attention_enabled": True,
     }
     with caplog.at_level(logging.INFO):
-        config = QwenConfig.from_hf(with_chunks(**sparse))
-    assert config.to_hf()["dual_chunk_attention_config"] == RELEASED_CHUNKS | sparse
-    assert [record for record in caplog.messages if "kept for export, not used: sparse_attention_config" in record]
+        config = QwenConfig.from_hf(with_chunks(**sparse, sparse_attention_extra=1))
+    assert config.to_hf()["dual_chunk_attention_config"] == RELEASED_CHUNKS | sparse | {"sparse_attention_extra": 1}
+    assert config.dual_chunk_attention.sparse_attention_config == sparse["sparse_attention_config"]
+    assert [
+        record for record in caplog.messages if record.endswith("kept for export, not used: sparse_attention_extra")
+    ]
     paper = QwenConfig.from_hf(with_chunks(cap="paper"))
     assert paper != QwenConfig.from_hf(with_chunks())
     assert paper.to_hf()["dual_chunk_attention_config"] == RELEASED_CHUNKS | {"cap": "paper"}
@@ -172,6 +175,12 @@ def test_a_null_in_dual_chunk_attention_is_an_absent_entry():
         (RELEASED_CHUNKS | {"local_size": 262_144}, "expected local_size < chunk_size"),
         (RELEASED_CHUNKS | {"chunk_size": "8"}, "chunk_size: got '8', expected a whole number"),
         (RELEASED_CHUNKS | {"cap": "8"}, "cap: got '8', expected one of released, paper"),
+        (RELEASED_CHUNKS | {"sparse_attention_enabled": "no"}, "sparse_attention_enabled: got 'no', expected true or"),
+        (RELEASED_CHUNKS | {"sparse_attention_threshold": -1}, "sparse_attention_threshold: got -1, expected a whole"),
+        (
+            RELEASED_CHUNKS | {"sparse_attention_last_q": 0},
+            "sparse_attention_last_q: got 0, expected a whole number >= 1",
+        ),
     ],
 )
 def test_a_bad_dual_chunk_attention_config_is_named(block, message):

@@ -31,6 +31,7 @@ COMPANION_FILES = (
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
+    "sparse_attention_config.json",
 )
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 # The order of safetensors' dtype enumeration; a file holds the largest first.
