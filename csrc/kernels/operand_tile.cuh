@@ -27,9 +27,10 @@ __device__ __forceinline__ int swizzled_offset(int row, int chunk) {
 
 // Matrix descriptor of wgmma: bits 0-13 address, 16-29 leading offset, 32-45 stride offset, all in units of 16 bytes;
 // 62-63 = 1 says 128-byte swizzle. The stride leads from 8 rows of a box to the next 8. The leading offset leads from
-// 64 columns to the next 64, that is, from box to box; an operand along the sum has none.
+// 64 columns to the next 64, that is, from box to box of kBytes; an operand along the sum has none.
+template <int kBytes = kBoxBytes>
 __device__ __forceinline__ std::uint64_t operand_descriptor(std::uint32_t address) {
-  constexpr std::uint64_t kStride = 8 * kRowBytes / 16, kLeading = kBoxBytes / 16;
+  constexpr std::uint64_t kStride = 8 * kRowBytes / 16, kLeading = kBytes / 16;
   return std::uint64_t{1} << 62 | kStride << 32 | kLeading << 16 | (address & 0x3ffff) >> 4;
 }
 

@@ -9,9 +9,9 @@ using cuuint64_t = std::uint64_t;
 // The device's is 128 opaque bytes as well.
 struct alignas(64) CUtensorMap {
   std::uintptr_t address;
-  std::uint64_t rows, columns, row_bytes;
-  std::uint32_t box_rows, box_columns, element_bytes;
-  std::uint32_t unused[17];
+  std::uint64_t sizes[4], strides[4];  // innermost first, strides in bytes
+  std::uint32_t box_rows, element_bytes, rank;
+  std::uint32_t unused[11];
 };
 static_assert(sizeof(CUtensorMap) == 128);
 

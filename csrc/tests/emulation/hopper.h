@@ -4,6 +4,7 @@
 // "Matrix descriptor", "Register fragments" of wgmma, "mbarrier".
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 
@@ -11,7 +12,7 @@ struct CUtensorMap;
 
 namespace emulation {
 
-constexpr int kAccumulators = 128;
+constexpr int kAccumulators = 128;  // of a product [64, 256]
 constexpr std::size_t kWarpgroupSize = 128;
 // What a block of sm_90 may have.
 constexpr std::size_t kMostSharedBytes = 232448;
@@ -28,7 +29,13 @@ void barrier_arrive(std::uint64_t* barrier, std::uint32_t expected_bytes);
 void barrier_wait(std::uint64_t* barrier, std::uint32_t parity);
 void change_registers(int count);
 
-void copy_box(void* destination, const CUtensorMap& map, std::uint64_t* barrier, std::int32_t row, std::int32_t column);
+// Barriers 1 to 15 of the block, for `count` threads.
+void named_barrier(int number, int count, bool waits);
+void store_16_bytes(std::uint32_t destination, const void* source);
+
+// Where a box of a matrix, or of the rows of a head, begins: innermost first.
+using Coordinates = std::array<std::int32_t, 4>;
+void copy_box(void* destination, const CUtensorMap& map, std::uint64_t* barrier, const Coordinates& at);
 // Zeros without a source.
 void copy_16_bytes(std::uint32_t destination, const void* source);
 void commit_copies();
@@ -37,7 +44,10 @@ void fence_for_async_proxy();
 
 struct Multiplication {
   float* d;
+  int columns;
   std::uint64_t a, b;
+  std::array<std::uint32_t, 4> registers;  // a, if it is in registers
+  bool in_registers;
   bool transposed_a, transposed_b, adds, is_half;
 };
 void multiply(const Multiplication& multiplication);

@@ -19,6 +19,17 @@ __device__ __forceinline__ void copy_box(void* destination, const CUtensorMap* m
       : "memory");
 }
 
+// Copies the box at (row, column) of one head of [batch, rows, heads, columns]; see copy_box.
+__device__ __forceinline__ void copy_head_box(void* destination, const CUtensorMap* map, Barrier* barrier,
+                                              std::int32_t batch, std::int32_t head, std::int32_t row,
+                                              std::int32_t column) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+      "[%2];" ::"r"(shared_address(destination)),
+      "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row), "r"(head), "r"(batch)
+      : "memory");
+}
+
 // Copies 16 bytes, or writes 16 zeros unless `exists`: then nothing is read.
 __device__ __forceinline__ void copy_16_bytes(std::uint32_t destination, const void* source, bool exists) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(exists ? 16 : 0)

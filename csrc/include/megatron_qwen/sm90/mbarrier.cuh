@@ -1,6 +1,6 @@
-// Shared memory, its barriers, and the registers of a warpgroup, for Hopper (sm_90a): one PTX instruction per function.
+// Shared memory, barriers, and the registers of a warpgroup, for Hopper (sm_90a): one PTX instruction per function.
 // csrc/tests/emulation has a header of the same name and functions that runs on a CPU.
-// Source: PTX ISA 9.0, "mbarrier", "setmaxnreg".
+// Source: PTX ISA 9.0, "mbarrier", "bar", "setmaxnreg".
 #pragma once
 
 #include <cuda_runtime.h>
@@ -61,6 +61,31 @@ __device__ __forceinline__ void wait(Barrier* barrier, std::uint32_t parity) {
         : "r"(shared_address(barrier)), "r"(parity)
         : "memory");
   }
+}
+
+// Barriers 1 to 15 of a block, beside that of __syncthreads: threads of whole warps wait until kThreads came, or come
+// and go on.
+template <int kThreads>
+__device__ __forceinline__ void sync_threads(int barrier) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
+}
+template <int kThreads>
+__device__ __forceinline__ void arrive_threads(int barrier) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
+}
+
+// Writes 16 bytes of shared memory, at a multiple of 16.
+__device__ __forceinline__ void store_16_bytes(std::uint32_t address, const uint4& value) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x), "r"(value.y), "r"(value.z),
+               "r"(value.w)
+               : "memory");
+}
+
+// 2^x, at most 2 units in the last place off; 0 for -inf.
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
 // Called by all threads of a warpgroup: from here on each has kCount registers.

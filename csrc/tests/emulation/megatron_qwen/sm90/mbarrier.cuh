@@ -19,6 +19,18 @@ inline void arrive(Barrier* barrier) { emulation::barrier_arrive(barrier, 0); }
 inline void arrive_and_expect(Barrier* barrier, std::uint32_t bytes) { emulation::barrier_arrive(barrier, bytes); }
 inline void wait(Barrier* barrier, std::uint32_t parity) { emulation::barrier_wait(barrier, parity); }
 
+template <int kThreads>
+void sync_threads(int barrier) {
+  emulation::named_barrier(barrier, kThreads, true);
+}
+template <int kThreads>
+void arrive_threads(int barrier) {
+  emulation::named_barrier(barrier, kThreads, false);
+}
+
+inline void store_16_bytes(std::uint32_t address, const uint4& value) { emulation::store_16_bytes(address, &value); }
+inline float exp2_fast(float x) { return std::exp2(x); }
+
 template <int kCount>
 void give_up_registers() {
   emulation::change_registers(kCount);
