@@ -151,3 +151,17 @@ def test_long_runs_have_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     )  # fmt: skip
     rows = bench.run(lambda text: None, lambda report: None).rows
     assert [each.seconds and each.seconds.count for each in rows] == [3, 2]
+
+
+def test_pieces_of_the_definition_add_up_gradients_without_rounding_every_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = BY_NAME["dca_train"]
+    sizes = {**PROMPT, "tokens": 67, "groups": 1, "queries": 1}
+    workload = case.workload(sizes, torch.bfloat16, CPU, 0)
+    exact = results(case, workload.wide(), case.plain)
+
+    def error(pieces: int) -> float:
+        monkeypatch.setattr(attention_cases, "_LOGITS", 67 * -(-67 // pieces))
+        found = results(case, workload, case.plain)
+        return max((found[name].double() - exact[name]).abs().max().item() for name in ("d k", "d v"))
+
+    assert error(67) <= 1.25 * error(1)

@@ -23,6 +23,7 @@ from megatron_qwen.benchmark.ops.case import Function
 
 Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 _INTRA, _SUCC, _INTER = range(3)
+_ATEN = torch.ops.aten
 
 
 class Kernel(Protocol):
@@ -42,26 +43,26 @@ class Sdpa:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Kernel`."""
-        if q.is_cpu:
+        if _is_on_cpu(q):
             heads = _per_group(q, k, v)
-            output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads, 0.0, is_causal)
+            output, lse = _ATEN._scaled_dot_product_flash_attention_for_cpu(*heads, 0.0, is_causal)
             return _of_groups(output), lse.flatten(0, 1)
         heads = _as_batch(q, k, v)
-        output, lse = torch.ops.aten._scaled_dot_product_flash_attention(*heads, 0.0, is_causal)[:2]
+        output, lse = _ATEN._scaled_dot_product_flash_attention(*heads, 0.0, is_causal)[:2]
         return output[0].transpose(0, 1), lse[0]
 
     def backward(self, of_rows: Rows, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool) -> Rows:
         """Return the gradients of q, k and v; of_rows: gradient, output [S, H, D] and lse [H, S], over all keys."""
         grad, output, lse = of_rows
-        if q.is_cpu:
+        if _is_on_cpu(q):
             outer = _per_group(grad, k, v)[0], *_per_group(q, k, v), _per_group(output, k, v)[0]
-            of_q, of_k, of_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            of_q, of_k, of_v = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(
                 *outer, torch.unflatten(lse, 0, (k.shape[1], -1)), 0.0, is_causal
             )
             return _of_groups(of_q), of_k.sum(1).transpose(0, 1), of_v.sum(1).transpose(0, 1)
         batch = [each.transpose(0, 1).unsqueeze(0) for each in (grad, q, k, v, output)]
         none = torch.zeros((), dtype=torch.int64, device=q.device)  # no dropout: nothing reads its seeds
-        found = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+        found = _ATEN._scaled_dot_product_flash_attention_backward(
             *batch, lse.unsqueeze(0), None, None, len(q), len(k), 0.0, is_causal, none, none
         )
         of_q, of_k, of_v = (each[0].transpose(0, 1) for each in found)
@@ -84,6 +85,11 @@ class FlashAttention3:
         """See `Kernel`."""
         output, lse = self.attend(q[None], k[None], v[None], causal=is_causal, return_attn_probs=True)[:2]
         return output[0], lse[0]
+
+
+def _is_on_cpu(tensor: torch.Tensor) -> bool:
+    """Torch has other operations there; tests take a device's with CPU tensors."""
+    return tensor.is_cpu
 
 
 def _per_group(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Rows:
@@ -255,11 +261,8 @@ def _decode_sdpa(q_BHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor
     """The query heads of a key head as rows, which see all keys."""
     q_BGMD = torch.unflatten(q_BHD, 1, (k_BTGD.shape[2], -1))
     heads = q_BGMD, k_BTGD.transpose(1, 2), v_BTGD.transpose(1, 2)
-    aten = torch.ops.aten
-    attend = (
-        aten._scaled_dot_product_flash_attention_for_cpu if q_BHD.is_cpu else aten._scaled_dot_product_flash_attention
-    )
-    output, lse = attend(*heads, 0.0, False)[:2]
+    name = f"_scaled_dot_product_flash_attention{'_for_cpu' if _is_on_cpu(q_BHD) else ''}"
+    output, lse = getattr(_ATEN, name)(*heads, 0.0, False)[:2]
     return output.flatten(1, 2).unsqueeze(1), lse.flatten(1, 2).unsqueeze(2)
 
 

@@ -69,6 +69,13 @@ def _even(name: str, case: str, direction: str) -> Bar:
     )
 
 
+def _prompts(name: str, tokens: int, tflops: float, *ahead: tuple[tuple[str, ...], float]) -> Bar:
+    """Dual Chunk Attention of a prompt of this length."""
+    return Bar(
+        name=name, case="dca_prefill", direction="forward", models=_SEVEN, tokens=(tokens,), tflops=tflops, ahead=ahead
+    )
+
+
 BARS = (
     Bar(
         name="R1",
@@ -151,24 +158,8 @@ BARS = (
     ),
     # Asked of prompts are 1.03 and 1.00 against calls with a fused merge; that of the peer here is not fused, which by
     # its bytes is 5% and 1% of the time.
-    Bar(
-        name="A1",
-        case="dca_prefill",
-        direction="forward",
-        models=_SEVEN,
-        tokens=(32_768,),
-        tflops=600,
-        ahead=((_CALLS, 1.03 * 1.05), (("per_head",), 1.5)),
-    ),
-    Bar(
-        name="A2",
-        case="dca_prefill",
-        direction="forward",
-        models=_SEVEN,
-        tokens=(131_072,),
-        tflops=620,
-        ahead=((_CALLS, 1.01),),
-    ),
+    _prompts("A1", 32_768, 600, (_CALLS, 1.03 * 1.05), (("per_head",), 1.5)),
+    _prompts("A2", 131_072, 620, (_CALLS, 1.01)),
     Bar(
         name="A3",
         case="dca_train",

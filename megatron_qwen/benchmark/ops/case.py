@@ -102,6 +102,7 @@ class OpCase:
         models: default presets per device type, those that bars are judged at first.
         in_place: results overwrite the leaves; there is no gradient.
         is_inference: there is no gradient, for another reason.
+        is_graphed: on a GPU a CUDA graph of the call is timed, as engines decode; only without a gradient.
         is_compilable: False if plain torch must know numbers of rows on the host: torch.compile does not take part.
         is_plain_timed: False if plain torch is the definition only, with work that nobody would do.
         fp32_roundings: of the largest number, allowed to fp32 results beside twice plain torch's error.
@@ -130,6 +131,7 @@ class OpCase:
     )
     in_place: bool = False
     is_inference: bool = False
+    is_graphed: bool = False
     is_compilable: bool = True
     is_plain_timed: bool = True
     fp32_roundings: float = 1.0
@@ -140,6 +142,7 @@ class OpCase:
         assert self.bound in ("memory", "compute"), self.bound
         assert set(self.directions) <= set(DIRECTIONS), self.directions
         assert self.has_gradient or self.directions == ("forward",), self.directions
+        assert not (self.has_gradient and self.is_graphed), self.name
 
     @property
     def has_gradient(self) -> bool:

@@ -18,6 +18,7 @@ from megatron_qwen.benchmark.ops.bars import judge
 from megatron_qwen.benchmark.ops.case import OpCase, Sizes
 from megatron_qwen.benchmark.ops.check import Verdict, check_contestants
 from megatron_qwen.benchmark.ops.contestants import OpContestant, check_names, take_part
+from megatron_qwen.benchmark.ops.graphs import graphed
 from megatron_qwen.benchmark.ops.measure import Timing, measure_in_turn
 from megatron_qwen.benchmark.ops.odd_sizes import DTYPES, check_odd_sizes, odd_shapes
 from megatron_qwen.benchmark.ops.result import OpReport, OpRow, shown_sizes
@@ -185,7 +186,10 @@ class OpsBench:
         )  # fmt: skip
         if roofline is None:
             return [_checked(start, each, verdicts.get(each.name)) for each in contestants]
-        right = [each for each in contestants if each.name in verdicts and verdicts[each.name].is_right]
+        names = {name for name, verdict in verdicts.items() if verdict.is_right}
+        if case.is_graphed and self.device.type == "cuda":
+            contestants = [graphed(workload, each) if each.name in names else each for each in contestants]
+        right = [each for each in contestants if each.name in names and each.function is not None]
         rows = []
         for direction in case.directions:
             timings: dict[str, Timing] = {}
@@ -207,7 +211,7 @@ class OpsBench:
 
 def _checked(start: OpRow, contestant: OpContestant, verdict: Verdict | None) -> OpRow:
     row = replace(start, contestant=contestant.name, is_ours=contestant.is_ours)
-    if verdict is None:
+    if verdict is None or contestant.function is None:
         return replace(row, status="missing", detail=contestant.missing)
     status = "right" if verdict.is_right else "wrong"
     return replace(row, status=status, detail=verdict.detail, error=verdict.error, error_bound=verdict.bound)
