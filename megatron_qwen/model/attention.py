@@ -22,8 +22,9 @@ from torch.nn import functional
 
 from megatron_qwen import ops
 from megatron_qwen.errors import ConfigError
-from megatron_qwen.model.dual_chunk import DualChunk, dual_chunk_of, packed_bounds, rank_positions, sequence_length
+from megatron_qwen.model.dual_chunk import DualChunk, dual_chunk_of
 from megatron_qwen.model.gathered_attention import CausalAttention, attend_gathered, attend_packed, plan_packed
+from megatron_qwen.model.positions import bounds_on_host, packed_bounds, rank_positions, sequence_length
 from megatron_qwen.model.ring_attention import attend_ring
 from megatron_qwen.parallel.context import RING, packed_lengths, require_comm_type
 from megatron_qwen.parallel.per_tensor import PerTensor
@@ -125,7 +126,7 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]  # megatron-core is u
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSeqParams
     ) -> torch.Tensor:
         # One call per sequence: neither a [S, T] mask nor a token of another sequence is ever touched.
-        query_bounds, key_bounds = packed_bounds(packed).tolist(), packed_bounds(packed, of_keys=True).tolist()
+        query_bounds, key_bounds = (bounds_on_host(packed_bounds(packed, of_keys=each)) for each in (False, True))
         outs = []
         for q, q_end, k, k_end in zip(query_bounds, query_bounds[1:], key_bounds, key_bounds[1:], strict=False):
             parts = query[q:q_end], key[k:k_end], value[k:k_end]
@@ -205,7 +206,7 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]  # megatron-core is u
         if self.cp_comm_type == RING:
             lengths = None
             if bounds is not None:
-                lengths = _LENGTHS.get(bounds, lambda: packed_lengths(bounds, size=group.size()))
+                lengths = packed_lengths(bounds_on_host(bounds), size=group.size())
             return attend_ring(*rows, lengths=lengths, logit_scale=logit_scale)
         if bounds is None:
             return attend_gathered(*rows, logit_scale=logit_scale)
@@ -227,7 +228,7 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]  # megatron-core is u
             raise ConfigError(f"local attention: {' and '.join(found)} with {what}; expected none")
 
 
-_PLANS, _LENGTHS = PerTensor(), PerTensor()
+_PLANS = PerTensor()
 
 
 def _on_one_rank(

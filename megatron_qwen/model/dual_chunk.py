@@ -1,6 +1,6 @@
 """Dual Chunk Attention of a model: what its core attention is told for a sequence of a given length.
 
-Shapes: S rows (queries) of this rank, P positions, R rotated dimensions of a head.
+Shapes: P positions, R rotated dimensions of a head.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ import torch
 
 from megatron_qwen import ops
 from megatron_qwen.model.config import DualChunkAttention, QwenConfig, YarnScaling
-from megatron_qwen.parallel.per_tensor import PerTensor
+from megatron_qwen.model.rope import inverse_frequencies
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import torch.distributed as dist
-    from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 ATTRIBUTE = "dual_chunk_attention"
@@ -95,58 +93,6 @@ def dual_chunk_of(config: TransformerConfig) -> DualChunk | None:
     return cast("DualChunk | None", getattr(config, ATTRIBUTE, None))
 
 
-def sequence_length(keys: int, packed: PackedSeqParams | None, cp_size: int) -> int:
-    """Return the length of the longest sequence, of which this rank has `keys` keys (packed: of all of them)."""
-    if packed is None:
-        return keys * cp_size
-    if packed.max_seqlen_kv is not None:
-        return int(packed.max_seqlen_kv)
-    bounds = packed_bounds(packed)
-    return int(bounds.diff().max()) if bounds.numel() > 1 else 0
-
-
-def rank_positions(
-    tokens: int,
-    packed: PackedSeqParams | None,
-    device: torch.device,
-    *,
-    offset: int = 0,
-    group: dist.ProcessGroup | None = None,
-) -> torch.Tensor:
-    """Return the position of each token of this rank within its sequence, int32.
-
-    Args:
-        tokens: of this rank; of packed sequences, all of them together.
-        packed: boundaries of packed sequences, or None.
-        device: where the positions are wanted.
-        offset: tokens that a key-value cache holds already.
-        group: context-parallel ranks; None for one.
-    """
-    size, rank = (1, 0) if group is None else (group.size(), group.rank())
-    if packed is not None:
-        bounds = packed_bounds(packed)
-        return _POSITIONS.get(  # type: ignore[no-any-return]
-            bounds, lambda: ops.packed_positions(bounds, cp_size=size, cp_rank=rank)
-        )
-    return _positions_of(tokens * size, size, rank, device) + offset
-
-
-def packed_bounds(packed: PackedSeqParams, *, of_keys: bool = False) -> torch.Tensor:
-    """Return the boundaries of packed sequences in memory, with their padding where they have some."""
-    padded: torch.Tensor | None = packed.cu_seqlens_kv_padded if of_keys else packed.cu_seqlens_q_padded
-    bounds: torch.Tensor = packed.cu_seqlens_kv if of_keys else packed.cu_seqlens_q
-    return bounds if padded is None else padded
-
-
-_POSITIONS = PerTensor()
-
-
-@functools.lru_cache(maxsize=8)
-def _positions_of(length: int, size: int, rank: int, device: torch.device) -> torch.Tensor:
-    with torch.inference_mode(False):  # see `_tables`
-        return ops.context_parallel_positions(length, cp_size=size, cp_rank=rank).to(device)
-
-
 def chunk_layout(block: DualChunkAttention) -> ops.ChunkLayout:
     """Return the operation's layout of a configuration's block."""
     make: Callable[[int, int], ops.ChunkLayout]
@@ -160,28 +106,3 @@ def _tables(dual: DualChunk, device: torch.device) -> tuple[torch.Tensor, torch.
         frequencies = inverse_frequencies(dual.head_dim, dual.rope_theta, dual.rope_scaling).to(device)
         mscale = 1.0 if dual.rope_scaling is None else dual.rope_scaling.concentration()
         return ops.rope_tables(frequencies, dual.chunks.limit + 1, mscale=mscale)
-
-
-def inverse_frequencies(dimensions: int, theta: float, scaling: YarnScaling | None) -> torch.Tensor:
-    """Return the frequencies of rotary embedding, radians per position, fp32 [R / 2]: those of Megatron's modules.
-
-    YaRN's are arXiv 2309.00071, section 3.2.
-    """
-    exponents = torch.arange(0, dimensions, 2, dtype=torch.float32) / dimensions
-    plain: torch.Tensor = 1.0 / (theta**exponents)
-    if scaling is None:
-        return plain
-    from megatron.core.models.common.embeddings import yarn_rotary_pos_embedding as megatron
-
-    interpolated = 1.0 / (scaling.factor * theta**exponents)
-    low, high = megatron._yarn_find_correction_range(
-        scaling.beta_fast,
-        scaling.beta_slow,
-        dimensions,
-        theta,
-        scaling.original_max_position_embeddings,
-        scaling.truncate,
-    )
-    kept = 1.0 - megatron._yarn_linear_ramp_mask(low, high, dimensions // 2, device=plain.device).float()
-    frequencies: torch.Tensor = interpolated * (1.0 - kept) + plain * kept
-    return frequencies

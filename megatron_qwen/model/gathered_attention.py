@@ -9,7 +9,6 @@ heads and G key-value heads of this rank, D head size.
 from __future__ import annotations
 
 import functools
-import itertools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_qwen import ops
-from megatron_qwen.parallel.context import pieces_of_rank
+from megatron_qwen.parallel.context import packed_lengths, pieces_of_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,13 +110,13 @@ def plan_packed(cu_seqlens: torch.Tensor, *, rank: int, size: int) -> PackedPlan
         size: number of them.
 
     Raises:
-        ConfigError: see `ops.packed_positions`; 2 * size must divide every length.
+        ConfigError: see `packed_lengths`.
     """
-    device, bounds = cu_seqlens.device, cu_seqlens.tolist()
-    starts = torch.tensor(bounds[:-1], dtype=torch.int64)
-    lengths = torch.tensor([end - begin for begin, end in itertools.pairwise(bounds)], dtype=torch.int64)
+    device, bounds = cu_seqlens.device, cu_seqlens.cpu()
+    lengths = torch.tensor(packed_lengths(bounds.tolist(), size=size), dtype=torch.int64)
+    starts = bounds[:-1].long()
     token_starts = starts.repeat_interleave(lengths // size)
-    held = [ops.packed_positions(cu_seqlens.cpu(), cp_size=size, cp_rank=each) + token_starts for each in range(size)]
+    held = [ops.packed_positions(bounds, cp_size=size, cp_rank=each) + token_starts for each in range(size)]
     order = torch.cat(held).argsort()
     pieces, numbers = lengths // (2 * size), pieces_of_rank(rank, size)
     rows = [_ranges(starts // size + half * pieces, pieces) for half in range(2)]
@@ -193,6 +192,7 @@ class _Gather(torch.autograd.Function):
         return gathered.index_select(0, order)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (order,), (grad,) = ctx.saved_tensors, grads
         by_rank = torch.empty_like(grad, memory_format=torch.contiguous_format)

@@ -87,7 +87,7 @@ class _Ring(torch.autograd.Function):
     ) -> torch.Tensor:
         mine = mine.contiguous()
         wide = torch.promote_types(q.dtype, torch.float32)
-        output, lse = q.new_zeros(q.shape, dtype=wide), q.new_full(q.shape[:-1], -torch.inf, dtype=wide)
+        output, lse = q.new_empty(q.shape, dtype=wide), q.new_empty(q.shape[:-1], dtype=wide)
         held = mine
         for hop in range(group.size()):
             coming = _Hop(held, group) if hop + 1 < group.size() else None
@@ -100,6 +100,7 @@ class _Ring(torch.autograd.Function):
         return rounded
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         q, held, logit_scale, output, lse = ctx.saved_tensors
         group, options = ctx.group, ctx.attention.options()
@@ -154,15 +155,17 @@ def _attend(
     group: dist.ProcessGroup,
     options: dict[str, Any],
 ) -> None:
-    """Merge attention to the keys at hand into output and lse."""
+    """Merge attention to the keys at hand into output and lse; the first ones a row meets are in hop 0."""
     for rows, keys, starts in _pairs(group, hop, q_BsND.shape[1] // 2):
         k, v = kv_BsGD[:, keys].chunk(2, dim=-1)
         part, part_lse = ops.dual_chunk_attention(
             q_BsND[:, rows], k, v, logit_scale=_of_rows(scale_Bs, rows), **starts, **options
         )
-        before = output_BsND[:, rows], lse_BsN[:, rows].transpose(1, 2)
-        merged, lse = ops.merge_attention([before[0], part.to(lse_BsN.dtype)], [before[1], part_lse])
-        output_BsND[:, rows], lse_BsN[:, rows] = merged, lse.transpose(1, 2)
+        part = part.to(lse_BsN.dtype)
+        if hop or keys.start:
+            before = output_BsND[:, rows], lse_BsN[:, rows].transpose(1, 2)
+            part, part_lse = ops.merge_attention([before[0], part], [before[1], part_lse])
+        output_BsND[:, rows], lse_BsN[:, rows] = part, part_lse.transpose(1, 2)
 
 
 def _attend_backward(

@@ -1,26 +1,32 @@
 """Rotary positions between Megatron-Core, which has angles, and `ops.qkv_rope`, which takes tables; and YaRN.
 
+Frequencies are those of Megatron's modules always. There are two kinds of tables of them: plain attention takes the
+angles that GPTModel hands on, in fp32 as Megatron and transformers compute them, and Dual Chunk Attention, which is for
+long texts, `ops.rope_tables`, whose angles are fp64.
+
 Megatron's `YarnRotaryEmbedding` computes transformers' frequencies (same correction range, same ramp,
 fp32), so nothing is reimplemented here. What has no field of its own is transformers' explicit
 `attention_factor`; it is expressed through Megatron's two mscales.
 
-Shapes: S tokens of a sequence, B sequences, T tokens of packed sequences, R rotated dimensions of a head, P positions.
+Shapes: S tokens of a sequence, T tokens of packed sequences, R rotated dimensions of a head, P positions.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from megatron_qwen import ops
 from megatron_qwen.errors import ConfigError
 from megatron_qwen.model.config import YarnScaling
+from megatron_qwen.model.positions import rank_positions
 from megatron_qwen.parallel.per_tensor import PerTensor
 
 if TYPE_CHECKING:
+    import torch.distributed as dist
     from megatron.core.packed_seq_params import PackedSeqParams
 
 
@@ -34,28 +40,32 @@ class Rotation:
 
 
 def rotation_of(
-    angles: torch.Tensor, config: Any, *, tokens: int, offset: int, packed: PackedSeqParams | None
+    angles: torch.Tensor,
+    config: Any,
+    *,
+    tokens: int,
+    offset: int,
+    packed: PackedSeqParams | None,
+    group: dist.ProcessGroup | None,
 ) -> Rotation:
     """Return the tables of GPTModel's angles, and where in them each token of this rank looks.
 
     The tables are made once for all layers: Megatron hands the same angles to each of them.
 
     Args:
-        angles: radians [P, 1, 1, R], both halves alike; [P, B, 1, R] where rows of the batch differ in position.
-            With context parallelism P runs over this rank's tokens, except for packed sequences.
+        angles: radians [P, 1, 1, R], both halves alike. With context parallelism P runs over this rank's tokens, except
+            for packed sequences.
         config: Megatron's configuration, of which YaRN's factors are read.
         tokens: S, or T of packed sequences.
         offset: tokens that a key-value cache holds already.
         packed: boundaries of packed sequences, or None.
+        group: context-parallel ranks; None for one.
     """
     cos, sin = _TABLES.get(angles, lambda: _tables(angles, config))
     if packed is not None and packed.qkv_format == "thd":
-        bounds = packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
-        return Rotation(cos=cos, sin=sin, positions=_POSITIONS.get(bounds, lambda: _packed_positions(bounds)))
-    batch = angles.shape[1]
-    rows = slice(offset * batch, (offset + tokens) * batch)
-    own_row = None if batch == 1 else torch.arange(tokens * batch, device=cos.device).view(tokens, batch)
-    return Rotation(cos=cos[rows], sin=sin[rows], positions=own_row)
+        return Rotation(cos=cos, sin=sin, positions=rank_positions(tokens, packed, cos.device, group=group))
+    rows = slice(offset, offset + tokens)
+    return Rotation(cos=cos[rows], sin=sin[rows], positions=None)
 
 
 def model_tables(model: Any, length: int, *, exact: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,21 +76,50 @@ def model_tables(model: Any, length: int, *, exact: bool) -> tuple[torch.Tensor,
         length: positions.
         exact: compute angles in fp64, as Dual Chunk Attention does in training; else Megatron's own, of fp32.
     """
-    angles = model.rotary_pos_emb(2 if exact else length)
-    angles = angles[0] if isinstance(angles, tuple) else angles  # YaRN's module returns (angles, factor)
     if exact:
-        frequencies = angles[1].flatten()[: angles.shape[-1] // 2].float()  # the angles at position 1
-        return ops.rope_tables(frequencies, length, mscale=_yarn_factor(model.config))
-    cos, sin = _tables(angles, model.config)
-    return cos, sin
+        return ops.rope_tables(_frequencies(model.rotary_pos_emb), length, mscale=_yarn_factor(model.config))
+    return _tables(_angles(model.rotary_pos_emb, length), model.config)
+
+
+def inverse_frequencies(dimensions: int, theta: float, scaling: YarnScaling | None) -> torch.Tensor:
+    """Return the frequencies that a GPTModel of these settings has, radians per position, fp32 [R / 2].
+
+    For tables where no model is at hand: a core attention sees its configuration only.
+    """
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+    from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
+
+    options = {"kv_channels": dimensions, "rotary_percent": 1.0, "rotary_base": theta, "use_cpu_initialization": True}
+    if scaling is None:
+        return _frequencies(RotaryEmbedding(**options))
+    yarn = YarnRotaryEmbedding(
+        **options,
+        scaling_factor=scaling.factor,
+        original_max_position_embeddings=scaling.original_max_position_embeddings,
+        beta_fast=scaling.beta_fast,
+        beta_slow=scaling.beta_slow,
+        correction_range_round_to_int=scaling.truncate,
+    )
+    return _frequencies(yarn)
+
+
+def _frequencies(rotary: Any) -> torch.Tensor:
+    """Those of Megatron's rotary module, fp32 [R / 2]: its angles at position 1."""
+    angles = _angles(rotary, 2)
+    return angles[1].flatten()[: angles.shape[-1] // 2].float()
+
+
+def _angles(rotary: Any, length: int) -> torch.Tensor:
+    """Those of Megatron's rotary module, [length, 1, 1, R], before context parallelism takes a rank's part."""
+    angles = rotary.get_emb(length)
+    return cast("torch.Tensor", angles[0] if isinstance(angles, tuple) else angles)  # YaRN's: (angles, factor)
 
 
 def _tables(angles: torch.Tensor, config: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cos and sin times YaRN's factor, one row per position (and per row of the batch where they differ)."""
+    """Return cos and sin times YaRN's factor, one row per position."""
     mscale = _yarn_factor(config)
-    with torch.inference_mode(False):  # so that tables made while generating text serve a training step, too
-        half = angles[..., : angles.shape[-1] // 2].flatten(0, -2).float()
-        return half.cos() * mscale, half.sin() * mscale
+    half = angles[..., : angles.shape[-1] // 2].flatten(0, -2).float()
+    return half.cos() * mscale, half.sin() * mscale
 
 
 def _yarn_factor(config: Any) -> float:
@@ -91,17 +130,7 @@ def _yarn_factor(config: Any) -> float:
     return float(_yarn_get_concentration_factor_from_config(config))
 
 
-def _packed_positions(bounds: torch.Tensor) -> torch.Tensor:
-    from megatron.core import parallel_state
-
-    return ops.packed_positions(
-        bounds,
-        cp_size=parallel_state.get_context_parallel_world_size(),
-        cp_rank=parallel_state.get_context_parallel_rank(),
-    )
-
-
-_TABLES, _POSITIONS = PerTensor(), PerTensor()
+_TABLES = PerTensor()
 
 
 def yarn_fields(scaling: YarnScaling | None) -> dict[str, Any]:

@@ -20,10 +20,12 @@ from megatron.core.transformer.identity_op import IdentityOp
 
 from megatron_qwen import ops
 from megatron_qwen.errors import ConfigError
-from megatron_qwen.model.dual_chunk import dual_chunk_of, rank_positions, sequence_length
+from megatron_qwen.model.dual_chunk import dual_chunk_of
+from megatron_qwen.model.positions import rank_positions, sequence_length
 from megatron_qwen.model.rope import Rotation, rotation_of
 
 if TYPE_CHECKING:
+    import torch.distributed as dist
     from megatron.core.packed_seq_params import PackedSeqParams
 
 
@@ -31,8 +33,8 @@ class QwenSelfAttention(SelfAttention):  # type: ignore[misc]  # megatron-core i
     """Megatron-Core's SelfAttention with the same parameters; keys enter the cache rotated.
 
     The projection leaves its bias to `ops.qkv_rope`. What that operation does not do (norms of q and k, an output
-    gate, interleaved rotation, fewer groups than tensor-parallel ranks, Megatron's dynamic batching) takes Megatron's
-    own way.
+    gate, interleaved rotation, positions that differ between the rows of a batch, fewer groups than tensor-parallel
+    ranks, Megatron's dynamic batching) takes Megatron's own way.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -69,8 +71,7 @@ class QwenSelfAttention(SelfAttention):  # type: ignore[misc]  # megatron-core i
             hidden_states: [S, B, H], or [T, 1, H] packed; a part of S or T with sequence parallelism.
             attention_mask: see `CoreAttention`.
             args: further arguments of Megatron's module.
-            rotary_pos_emb: angles [P, 1, 1, R] in radians, as GPTModel makes them, or [P, B, 1, R] for a batch whose
-                rows are at positions of their own; None attends without positions.
+            rotary_pos_emb: angles [P, 1, 1, R] in radians, as GPTModel makes them; None attends without positions.
             inference_context: Megatron's static key-value cache, or None.
             packed_seq_params: boundaries of packed sequences, or None.
             kwargs: as args.
@@ -87,7 +88,8 @@ class QwenSelfAttention(SelfAttention):  # type: ignore[misc]  # megatron-core i
             finally:
                 self._key_rotation = None
         is_static = inference_context is None or inference_context.is_static_batching()
-        if not (self._can_fuse and is_static and isinstance(rotary_pos_emb, torch.Tensor)):
+        is_alike = isinstance(rotary_pos_emb, torch.Tensor) and rotary_pos_emb.shape[1] == 1
+        if rotary_pos_emb is None or not (self._can_fuse and is_static and is_alike):
             return super().forward(  # type: ignore[no-any-return]
                 hidden_states, attention_mask, *args, rotary_pos_emb=rotary_pos_emb, **rest
             )
@@ -97,6 +99,7 @@ class QwenSelfAttention(SelfAttention):  # type: ignore[misc]  # megatron-core i
             tokens=tokens,
             offset=0 if inference_context is None else int(inference_context.sequence_len_offset),
             packed=packed_seq_params,
+            group=self._context_parallel_group(),
         )
         try:
             return super().forward(hidden_states, attention_mask, *args, rotary_pos_emb=None, **rest)  # type: ignore[no-any-return]
@@ -117,7 +120,7 @@ class QwenSelfAttention(SelfAttention):  # type: ignore[misc]  # megatron-core i
         offset = 0
         if inference_context is not None and inference_context.is_static_batching():
             offset = int(inference_context.sequence_len_offset)
-        group = self.pg_collection.cp if self.config.context_parallel_size > 1 else None
+        group = self._context_parallel_group()
         if not dual.is_active(sequence_length(offset + tokens, packed, 1 if group is None else group.size())):
             return None
         config = self.config
@@ -136,6 +139,9 @@ class QwenSelfAttention(SelfAttention):  # type: ignore[misc]  # megatron-core i
         positions = rank_positions(tokens, packed, device, offset=offset, group=group)
         cos, sin = dual.tables(device)
         return Rotation(cos=cos, sin=sin, positions=dual.key_positions(positions))
+
+    def _context_parallel_group(self) -> dist.ProcessGroup | None:
+        return self.pg_collection.cp if self.config.context_parallel_size > 1 else None
 
     def get_query_key_value_tensors(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return q [S, B, heads, D], k and v [S, B, groups, D] of this rank, q and k rotated.

@@ -12,6 +12,7 @@ by one. Keys and values come to the queries in one of two ways, by the names of 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 
@@ -39,21 +40,20 @@ def pieces_of_rank(rank: int, size: int) -> tuple[int, int]:
     return rank, 2 * size - 1 - rank
 
 
-def packed_lengths(cu_seqlens: torch.Tensor, *, size: int) -> tuple[int, ...]:
-    """Return the lengths of packed sequences. Reads cu_seqlens on the host: call it once per batch.
+def packed_lengths(bounds: Sequence[int], *, size: int) -> tuple[int, ...]:
+    """Return the lengths of packed sequences.
 
     Args:
-        cu_seqlens: boundaries of the sequences on all ranks together, integers [sequences + 1], from 0.
+        bounds: of the sequences on all ranks together, from 0, one more than there are sequences.
         size: number of context-parallel ranks.
 
     Raises:
         ConfigError: boundaries that do not ascend from 0, or a length that 2 * size does not divide.
     """
-    bounds = cu_seqlens.tolist()
     lengths = tuple(end - begin for begin, end in itertools.pairwise(bounds))
-    if bounds[:1] != [0] or any(length < 0 or length % (2 * size) for length in lengths):
+    if not bounds or bounds[0] != 0 or any(length < 0 or length % (2 * size) for length in lengths):
         raise ConfigError(
-            f"context parallelism: boundaries of packed sequences {bounds}; expected ascending numbers from 0, "
+            f"context parallelism: boundaries of packed sequences {list(bounds)}; expected ascending numbers from 0, "
             f"multiples of 2 * cp = {2 * size}"
         )
     return lengths

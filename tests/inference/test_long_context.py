@@ -20,8 +20,8 @@ from megatron_qwen.inference.engine import Engine
 from megatron_qwen.inference.long_context import LongContext
 from megatron_qwen.inference.sampling import SamplingParams
 from megatron_qwen.model.config import DualChunkAttention, QwenConfig, YarnScaling
-from megatron_qwen.model.dual_chunk import dual_chunk_of, inverse_frequencies
-from megatron_qwen.model.rope import model_tables
+from megatron_qwen.model.dual_chunk import dual_chunk_of
+from megatron_qwen.model.rope import inverse_frequencies, model_tables
 from megatron_qwen.parallel import groups
 from megatron_qwen.parallel.layout import ParallelLayout
 from megatron_qwen.testing.ranks import run_ranks

@@ -177,7 +177,7 @@ def attention_of_rank(each: Heads, kind: str, group: Any) -> tuple[torch.Tensor,
     attention = CausalAttention(chunks=chunks, tables=each.tables)
     logit_scale = None if each.logit_scale is None else each.logit_scale[rows]
     if kind == "p2p":
-        packed = packed_lengths(bounds, size=group.size()) if is_packed else None
+        packed = packed_lengths(BOUNDS, size=group.size()) if is_packed else None
         output = attend_ring(*qkv, attention, group, lengths=packed, logit_scale=logit_scale)
     elif is_packed:
         plan = plan_packed(bounds, rank=group.rank(), size=group.size())

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_qwen.errors import ConfigError
 from megatron_qwen.model.build import build_model
 from megatron_qwen.model.config import DualChunkAttention, QwenConfig, YarnScaling
-from megatron_qwen.model.dual_chunk import DualChunk, inverse_frequencies, rank_positions, sequence_length
+from megatron_qwen.model.dual_chunk import DualChunk
+from megatron_qwen.model.positions import bounds_on_host, rank_positions, sequence_length
+from megatron_qwen.model.rope import inverse_frequencies
 from megatron_qwen.testing.compare import assert_relative
 from megatron_qwen.testing.tiny import tiny_dense
 
@@ -144,20 +144,33 @@ def test_the_temperature_is_that_of_the_tokens_seen():
     assert not dual_of().has_temperature(1 << 30)
 
 
-def test_frequencies_and_tables_are_those_of_megatrons_modules():
-    plain = RotaryEmbedding(kv_channels=64, rotary_percent=1.0, rotary_base=1e6, use_cpu_initialization=True)
-    assert torch.equal(inverse_frequencies(64, 1e6, None), plain.inv_freq)
+def test_frequencies_and_tables_are_those_of_the_formulas():
+    plain = 1e6 ** (-torch.arange(32, dtype=torch.float64) / 32)
+    torch.testing.assert_close(inverse_frequencies(64, 1e6, None).double(), plain, rtol=1e-6, atol=0)
+    # arXiv 2309.00071, section 3.2: what turns more than beta_fast times stays, less than beta_slow is interpolated.
     scaling = YarnScaling(factor=4.0, original_max_position_embeddings=32_768)
-    yarn = YarnRotaryEmbedding(
-        kv_channels=64, rotary_base=1e6, scaling_factor=4.0, original_max_position_embeddings=32_768,
-        beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=0.0, use_cpu_initialization=True,
-    )  # fmt: skip
-    angles, mscale = yarn.get_emb(2)
-    torch.testing.assert_close(inverse_frequencies(64, 1e6, scaling), angles[1, 0, 0, :32], rtol=1e-6, atol=0)
+    dimensions = [32 * math.log(32_768 / (turns * 2 * math.pi)) / math.log(1e6) for turns in (32.0, 1.0)]
+    low, high = math.floor(dimensions[0]), math.ceil(dimensions[1])
+    share = ((torch.arange(32).double() - low) / (high - low)).clamp(0, 1)
+    expected = plain * (1 - share) + plain / 4.0 * share
+    torch.testing.assert_close(inverse_frequencies(64, 1e6, scaling).double(), expected, rtol=1e-6, atol=0)
+    mscale = 0.1 * math.log(4.0) + 1.0
     cos, sin = dual_of(rope_scaling=scaling).tables(torch.device("cpu"))
     assert cos.shape == sin.shape == (9, 8)
     assert cos[0].tolist() == pytest.approx([mscale] * 8)
     torch.testing.assert_close(cos.square() + sin.square(), torch.full((9, 8), mscale**2))
+
+
+def test_what_was_read_from_boundaries_is_read_again_when_they_change():
+    bounds = torch.tensor([0, 4, 8], dtype=torch.int32)
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
+    cpu = torch.device("cpu")
+    first = rank_positions(8, packed, cpu)
+    assert rank_positions(8, packed, cpu) is first
+    assert (sequence_length(8, packed, 1), bounds_on_host(bounds)) == (4, [0, 4, 8])
+    bounds.copy_(torch.tensor([0, 1, 8]))  # the buffer of the next batch
+    assert rank_positions(8, packed, cpu).tolist() == [0, *range(7)]
+    assert (sequence_length(8, packed, 1), bounds_on_host(bounds)) == (7, [0, 1, 8])
 
 
 def packed_of(bounds: list[int]) -> PackedSeqParams:

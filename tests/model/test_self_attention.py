@@ -14,6 +14,7 @@ from megatron_qwen import ops
 from megatron_qwen.model import self_attention
 from megatron_qwen.model.build import build_model
 from megatron_qwen.model.config import QwenConfig, YarnScaling
+from megatron_qwen.model.rope import inverse_frequencies
 from megatron_qwen.model.self_attention import QwenSelfAttention
 from megatron_qwen.testing.tiny import tiny_dense
 
@@ -163,3 +164,14 @@ def test_what_the_operation_does_not_do_takes_megatrons_way(calls):
         layer.self_attention._can_fuse = layer.self_attention.can_fuse()
     model(torch.randint(0, 512, (1, 5)), torch.arange(5)[None], None)
     assert calls.count == 0
+
+
+def test_positions_of_their_own_for_each_row_take_megatrons_way(calls):
+    model = model_of(MODELS["plain"])
+    attention, hidden = model.decoder.layers[0].self_attention, torch.randn(5, 2, 64)
+    angles = torch.outer(torch.arange(7), inverse_frequencies(16, 10_000.0, None)).repeat(1, 2)[:, None, None]
+    shifted = torch.cat([angles[:5], angles[2:]], dim=1)
+    together, _ = attention(hidden, None, rotary_pos_emb=shifted)
+    assert calls.count == 0
+    alone, _ = attention(hidden[:, 1:], None, rotary_pos_emb=angles[2:])
+    torch.testing.assert_close(together[:, 1:], alone, rtol=1e-5, atol=1e-6)
