@@ -51,12 +51,16 @@ def ops(
     ] = "",
     check: Annotated[bool, typer.Option("--check", help="Ours at odd sizes in every dtype, too.")] = False,
     sanitize: Annotated[bool, typer.Option("--sanitize", help="compute-sanitizer over the odd sizes, too.")] = False,
+    sanitize_limit: Annotated[float, typer.Option(help="Seconds for each tool of --sanitize.")] = 120.0,
     out: Annotated[Path | None, typer.Option(help="Folder for ops.json, ops.csv, summary.md and two charts.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     compare: Annotated[Path | None, typer.Option(help="The ops.json of an earlier run to compare with.")] = None,
     threshold: Annotated[str, typer.Option(help="How much slower ours may be than in --compare.")] = "5%",
     results: Annotated[Path | None, typer.Option(help="Take this ops.json for the run: nothing is measured.")] = None,
-    rounds: Annotated[int | None, typer.Option(help="Measured rounds. [default: 50 on CUDA, 10 on a CPU]")] = None,
+    rounds: Annotated[
+        int | None,
+        typer.Option(help="Measured rounds; 0 for --check and --sanitize alone. [default: 50 on CUDA, 10 on a CPU]"),
+    ] = None,
     time_limit: Annotated[float, typer.Option(help="Seconds after which no other shape is begun; 0 for none.")] = 0.0,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. [default: cuda where there is one]")] = None,
     interpreter: Annotated[
@@ -81,7 +85,11 @@ def ops(
         report = read_report(results)
     else:
         bench = _bench(family, op, model, seq_length, dtype, backend, vs, rounds, _device(device, interpreter))
-        bench = replace(bench, check=check or interpreter, sanitize=sanitize, time_limit=time_limit)
+        check = check or interpreter
+        if rounds == 0 and not (check or sanitize):
+            raise ConfigError("--rounds 0 measures nothing; add --check or --sanitize")
+        limits = {"sanitize_limit": sanitize_limit, "time_limit": time_limit}
+        bench = replace(bench, check=check, sanitize=sanitize, **limits)
         if backend:
             bench.require_ours()
         report = _run(bench, out)
@@ -130,20 +138,24 @@ def _bench(
     from megatron_qwen.benchmark.ops.registry import choose_cases
     from megatron_qwen.benchmark.ops.run import ROUNDS, OpsBench
 
-    if rounds is not None and rounds < 1:
-        raise ConfigError(f"--rounds: got {rounds}, expected at least 1")
     # Under the interpreter there is no speed to compare, and a model's rows would take minutes.
     interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    peers = () if interpreted else PEERS
+    if interpreted:
+        rounds = 0
+    elif rounds is None:
+        rounds = ROUNDS[device.type]
+    cases = choose_cases(_words(family), _words(op))
+    known = {"torch", "compile"}.union(*(case.peers for case in cases))
+    peers = () if interpreted else tuple(name for name in PEERS if name in known)
     return OpsBench(
-        cases=choose_cases(_words(family), _words(op)),
+        cases=cases,
         device=device,
-        models=_words(model) or (() if interpreted else None),
+        models=_words(model) or (None if rounds else ()),
         seq_lengths=_numbers("--seq-length", seq_length),
         dtypes=_words(dtype) or (("bf16",) if device.type == "cuda" else ("fp32",)),
         backends=_words(backend) or default_backends(device, interpreted=interpreted),
         versus=() if vs.strip() == "none" else _words(vs) or peers,
-        rounds=0 if interpreted else rounds or ROUNDS[device.type],
+        rounds=rounds,
     )
 
 

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from megatron_qwen.benchmark import clock, roofline
 from megatron_qwen.benchmark.ops import norm_cases
+from megatron_qwen.cli import bench_ops as bench_ops_module
 from megatron_qwen.cli.app import build_app
 from megatron_qwen.errors import ConfigError, CorruptInputError, IncompleteInputError, MismatchError, NumericsError
 
@@ -240,6 +241,24 @@ def test_what_the_time_limit_leaves_out_is_listed(bench_ops: Command) -> None:
     assert report["not_reached"] == [f"rms_norm 0.5b (9 tokens, 896 hidden) {dtype}" for dtype in ("fp32", "bf16")]
 
 
+def test_without_rounds_odd_sizes_are_checked_and_nothing_is_measured(bench_ops: Command) -> None:
+    result = bench_ops("--op", "swiglu", "--rounds", "0", "--check", "--sanitize", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert len(report["odd_checks"]) == 7
+    assert len(report["sanitizer"]) == 2
+    assert report["rows"] == report["bars"] == []
+    assert report["roofline"] is None
+
+
+def test_peers_that_no_chosen_operation_has_are_not_asked() -> None:
+    def peers(op: str, versus: str) -> tuple[str, ...]:
+        return bench_ops_module._bench("", op, "", "", "", "", versus, None, torch.device("cpu")).versus
+
+    assert peers("rms_norm", "") == ("torch", "compile", "aten", "liger", "te")
+    assert peers("rms_norm", "fa3") == ("fa3",)
+
+
 def test_the_list_names_every_operation_with_its_kernels_and_peers(bench_ops: Command) -> None:
     rows = {row["op"]: row for row in json.loads(bench_ops("--list", "--json").stdout)}
     assert {"qkv_rope", "rms_norm", "add_rms_norm", "swiglu", "linear_cross_entropy"} <= set(rows)
@@ -262,7 +281,9 @@ def test_the_list_names_every_operation_with_its_kernels_and_peers(bench_ops: Co
         (("--backend", "cudnn"), ConfigError, "expected one of cuda, triton, reference"),
         (("--backend", "cuda", *SMALL), ConfigError, "the tensors are on cpu, not on a CUDA device"),
         (("--vs", "apex"), ConfigError, "expected one of torch, compile, aten, grouped_mm, liger, te"),
-        (("--rounds", "0"), ConfigError, "expected at least 1"),
+        (("--rounds", "-1"), ConfigError, "expected at least 1"),
+        (("--rounds", "0"), ConfigError, "measures nothing; add --check or --sanitize"),
+        (("--sanitize-limit", "0"), ConfigError, "--sanitize-limit: got 0"),
         (("--threshold", "much"), ConfigError, "expected a percentage like 5%"),
         (("--device", "tpu"), ConfigError, "expected cpu or cuda"),
         (("--interpreter", "--device", "cuda"), ConfigError, "--interpreter runs on the CPU"),

@@ -22,7 +22,7 @@ from megatron_qwen.benchmark.ops.graphs import graphed
 from megatron_qwen.benchmark.ops.measure import Timing, measure_in_turn
 from megatron_qwen.benchmark.ops.odd_sizes import DTYPES, check_odd_sizes, odd_shapes
 from megatron_qwen.benchmark.ops.result import OpReport, OpRow, shown_sizes
-from megatron_qwen.benchmark.ops.sanitize import sanitize
+from megatron_qwen.benchmark.ops.sanitize import TIMEOUT, sanitize
 from megatron_qwen.benchmark.report import git_commit, now
 from megatron_qwen.benchmark.roofline import Roofline, measure_roofline
 from megatron_qwen.errors import ConfigError
@@ -49,6 +49,7 @@ class OpsBench:
         rounds: measured rounds; 0 to check only.
         check: our backends at odd sizes too.
         sanitize: compute-sanitizer too.
+        sanitize_limit: seconds for each of its tools.
         time_limit: seconds after which no other shape is begun; 0 for none.
 
     Raises:
@@ -65,11 +66,14 @@ class OpsBench:
     rounds: int
     check: bool = False
     sanitize: bool = False
+    sanitize_limit: float = TIMEOUT
     time_limit: float = 0.0
 
     def __post_init__(self) -> None:
         if self.rounds < 0:
-            raise ConfigError(f"--rounds: got {self.rounds}, expected at least 1")
+            raise ConfigError(f"--rounds: got {self.rounds}, expected at least 1, or 0 to measure nothing")
+        if self.sanitize_limit <= 0:
+            raise ConfigError(f"--sanitize-limit: got {self.sanitize_limit:g}, expected more than 0 seconds")
         for dtype in self.dtypes:
             if dtype not in DTYPES:
                 raise ConfigError(f"--dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
@@ -144,7 +148,7 @@ class OpsBench:
             keep(report)
         if self.sanitize:
             kernels = [name for name in self.backends if name != "reference"]
-            found = sanitize(self.device, kernels, [case.name for case in self.cases])
+            found = sanitize(self.device, kernels, [case.name for case in self.cases], self.sanitize_limit)
             report = replace(report, sanitizer=found)
             progress("compute-sanitizer")
         clock = clock_of(self.device)

@@ -14,24 +14,28 @@ import torch
 from megatron_qwen.benchmark.ops.result import SanitizerRun
 
 TOOLS = ("memcheck", "racecheck")
-TIMEOUT = 120  # seconds per tool: both together are a quarter of a run
+TIMEOUT = 120.0
+"""Seconds that each tool gets unless more are given; under racecheck a family of many sizes takes more."""
 # Another status than a crash's or a wrong result's.
 _ERRORS = 86
 _PROGRAM = "megatron_qwen.benchmark.ops.odd_sizes"
 
 
-def sanitize(device: torch.device, backends: Sequence[str], names: Sequence[str]) -> tuple[SanitizerRun, ...]:
+def sanitize(
+    device: torch.device, backends: Sequence[str], names: Sequence[str], limit: float = TIMEOUT
+) -> tuple[SanitizerRun, ...]:
     """Run the odd sizes of the named cases under each tool, in a process of its own.
 
     Args:
         device: "not applicable" unless it is a CUDA device.
         backends: of `contestants.OURS`; the reference is no kernel of ours.
         names: of cases.
+        limit: seconds for each tool, after which it has failed.
     """
-    return tuple(_run(tool, device, backends, names) for tool in TOOLS)
+    return tuple(_run(tool, device, backends, names, limit) for tool in TOOLS)
 
 
-def _run(tool: str, device: torch.device, backends: Sequence[str], names: Sequence[str]) -> SanitizerRun:
+def _run(tool: str, device: torch.device, backends: Sequence[str], names: Sequence[str], limit: float) -> SanitizerRun:
     program = find_sanitizer()
     if device.type != "cuda":
         return SanitizerRun(tool=tool, status="not applicable", detail=f"no CUDA device: the run is on {device.type}")
@@ -42,9 +46,11 @@ def _run(tool: str, device: torch.device, backends: Sequence[str], names: Sequen
     # torch's allocator hands out parts of larger blocks, in which a stray access stays unseen.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=environment, check=False)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment, check=False)
     except subprocess.TimeoutExpired:
-        return SanitizerRun(tool=tool, status="failed", detail=f"not done after {TIMEOUT} s")
+        return SanitizerRun(
+            tool=tool, status="failed", detail=f"not done after {limit:g} s; --sanitize-limit gives more"
+        )
     return judge_output(tool, result.returncode, result.stdout + result.stderr)
 
 
