@@ -47,7 +47,9 @@ __device__ __forceinline__ int first_row_of_thread() {
 
 // 8 neighbouring columns of one of the thread's rows, from 32 columns of which the four threads of a quad have two in
 // each 8: thread q gets columns 32 block + 8 q and on. All threads of a warp call it.
-__device__ __forceinline__ void gather_columns(const Accumulators& product, int block, int half, float (&columns)[8]) {
+template <int kCount>
+__device__ __forceinline__ void gather_columns(const float (&product)[kCount], int block, int half,
+                                               float (&columns)[8]) {
   float pairs[4][2];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
