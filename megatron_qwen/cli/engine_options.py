@@ -17,6 +17,8 @@ from megatron_qwen.errors import ConfigError
 if TYPE_CHECKING:
     from megatron_qwen.inference.engine import Engine
     from megatron_qwen.inference.long_context import LongContext
+    from megatron_qwen.inference.sparse_prefill import SparseRequest
+    from megatron_qwen.model.config import QwenConfig
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -50,6 +52,20 @@ class EngineOptions:
     prefill_chunk_size: Annotated[
         int | None, typer.Option(help="Prompt tokens computed at once, which bounds memory. [default: 4096]")
     ] = None
+    sparse_prefill: Annotated[
+        str,
+        typer.Option(
+            help="Attend to the columns and diagonals that matter of prompts beyond the threshold: auto (with dual "
+            "chunk attention, where the model has budgets), on, or off."
+        ),
+    ] = "auto"
+    sparse_attention_config: Annotated[
+        Path | None,
+        typer.Option(help="File of its budgets, written by eval sparse-calibration. [default: the model's]"),
+    ] = None
+    sparse_attention_threshold: Annotated[
+        int | None, typer.Option(help="Prompts with more tokens are sparse. [default: config.json's, or 32768]")
+    ] = None
     tp: Annotated[int, typer.Option("--tp", "--tensor-model-parallel-size", help="Tensor parallel size.")] = 1
     pp: Annotated[int, typer.Option("--pp", "--pipeline-model-parallel-size", help="Pipeline parallel size.")] = 1
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16. [default: the folder's own]")] = None
@@ -60,6 +76,36 @@ class EngineOptions:
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ConfigError(f"--dtype: got {self.dtype!r}, expected one of {sorted(DTYPES)}")
+
+    def sparse_request(self) -> SparseRequest:
+        """Return what is asked of prompts.
+
+        Raises:
+            ConfigError: see `SparseRequest`.
+        """
+        from megatron_qwen.inference.sparse_prefill import SparseRequest
+
+        return SparseRequest(
+            mode=self.sparse_prefill,
+            config_file=self.sparse_attention_config,
+            threshold=self.sparse_attention_threshold,
+        )
+
+    def context(self, folder: Path, config: QwenConfig) -> LongContext:
+        """Return how the model in `folder` will attend, without reading its weights.
+
+        Raises:
+            ConfigError: see `LongContext.of_model`.
+        """
+        from megatron_qwen.inference.long_context import LongContext
+
+        return LongContext.of_model(
+            config,
+            chunk_size=self.dca_chunk_size,
+            local_size=self.dca_local_size,
+            folder=folder,
+            sparse=self.sparse_request(),
+        )
 
     def load(self, folder: Path, *, cache_tokens: int | None = None) -> Engine:
         """Join the ranks of the layout and load the model in `folder` onto them.
@@ -81,6 +127,7 @@ class EngineOptions:
             dtype=getattr(torch, DTYPES[self.dtype]) if self.dtype else None,
             chunk_size=self.dca_chunk_size,
             local_size=self.dca_local_size,
+            sparse=self.sparse_request(),
             allow_pickle=self.allow_pickle,
             prefill_chunk_size=PREFILL_CHUNK_SIZE if self.prefill_chunk_size is None else self.prefill_chunk_size,
             cache_tokens=cache_tokens,
@@ -117,3 +164,10 @@ def describe_chunks(context: LongContext) -> dict[str, int] | None:
         return None
     sizes = {"chunk_size": context.chunks.chunk_size, "local_size": context.chunks.local_size}
     return {**sizes, "original_length": context.original_length}
+
+
+def describe_sparse(context: LongContext) -> dict[str, int] | None:
+    """Return the settings of sparse prefill for a JSON report, None for dense prefill."""
+    if context.sparse is None:
+        return None
+    return {"threshold": context.sparse.threshold, "last_q": context.sparse.last_rows}

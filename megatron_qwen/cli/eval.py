@@ -1,8 +1,9 @@
-"""`megatron-qwen eval`: what a model does with long text: finding a number in it, and its loss by place."""
+"""`megatron-qwen eval`: what a model does with long text: keys found, loss by place, and what attention needs of it."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,8 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megatron_qwen.cli.engine_options import EngineOptions, describe_chunks, with_engine_options
-from megatron_qwen.cli.eval_report import passkey_record, show_passkey, show_perplexity, write_record
+from megatron_qwen.cli.engine_options import EngineOptions, describe_chunks, describe_sparse, with_engine_options
+from megatron_qwen.cli.eval_report import (
+    passkey_record,
+    show_calibration,
+    show_passkey,
+    show_perplexity,
+    write_record,
+)
 from megatron_qwen.errors import ConfigError, CorruptInputError, IncompleteInputError
 
 if TYPE_CHECKING:
@@ -27,6 +34,7 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(help="Measure what a model does with long text.", no_args_is_help=True)
     group.command("passkey")(with_engine_options(passkey))
     group.command("perplexity")(with_engine_options(perplexity))
+    group.command("sparse-calibration")(with_engine_options(sparse_calibration))
     app.add_typer(group, name="eval")
 
 
@@ -89,6 +97,9 @@ def perplexity(
     against_full: Annotated[
         bool, typer.Option("--against-full", help="Measure plain attention too, and the difference.")
     ] = False,
+    against_dense: Annotated[
+        bool, typer.Option("--against-dense", help="Measure without sparse prefill too, and the difference.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for perplexity.json and perplexity.png.")] = None,
     *,
     engine: EngineOptions,
@@ -111,9 +122,15 @@ def perplexity(
         plain.require(sizes[-1] - 1, "--against-full: the text")
     if against_full and context.chunks is None:
         raise ConfigError("--against-full: attention is plain without it; give --dca-chunk-size, or leave it out")
+    if against_dense and not context.is_sparse(sizes[-1] - 1):
+        raise ConfigError(
+            f"--against-dense: prefill of {sizes[-1] - 1:,} tokens is dense without it; give --sparse-prefill on and a "
+            "smaller --sparse-attention-threshold, or leave it out"
+        )
     loaded = engine.load(model)
-    name = "plain attention" if context.chunks is None else "dual chunk attention"
-    engines = {name: loaded} | ({"plain attention": loaded.attending(plain)} if against_full else {})
+    dense = dataclasses.replace(context, sparse=None)
+    others = [plain] * against_full + [dense] * against_dense
+    engines = {_name(each): loaded.attending(each) for each in (context, *others)}
     losses = {}
     with _progress("perplexity", len(pieces) * len(engines), quiet=json_output) as advance:
         for name, each in engines.items():
@@ -122,6 +139,68 @@ def perplexity(
     totals = {name: loss_by_length(each, sizes) for name, each in losses.items()}
     settings = {"text": [str(file) for file in text], **_settings(model, context, engine)}
     _finish(lambda: show_perplexity(windows, totals, settings, out, as_json=json_output))
+
+
+def sparse_calibration(
+    model: Model,
+    text: Annotated[list[Path], typer.Option("--text", help="UTF-8 text; may be given again, files are joined.")],
+    out: Annotated[Path, typer.Option(help="Folder for sparse_attention_config.json and the report; may be MODEL.")],
+    length: Annotated[int, typer.Option(help="Tokens of a text: as long as the prompts to come.")] = 32768,
+    samples: Annotated[int, typer.Option(help="Pieces of the text, of this length each.")] = 1,
+    recall: Annotated[float, typer.Option(help="Share of its attention that every head has to keep.")] = 0.95,
+    verticals: Annotated[int | None, typer.Option(help="Columns to begin with. [default: 1000]")] = None,
+    slashes: Annotated[int | None, typer.Option(help="Diagonals to begin with. [default: 6096]")] = None,
+    vertical_step: Annotated[int, typer.Option(help="Columns added at a time.")] = 2048,
+    slash_step: Annotated[int, typer.Option(help="Diagonals added at a time.")] = 2048,
+    *,
+    engine: EngineOptions,
+    json_output: Json = False,
+) -> None:
+    """Find how much of a long prompt each head must keep, for sparse prefill.
+
+    Begins with the budgets of --sparse-attention-config, or the same for every head, and widens them.
+    """
+    _check(model)
+    if engine.sparse_prefill != "auto" or engine.sparse_attention_threshold is not None:
+        raise ConfigError("--sparse-prefill, --sparse-attention-threshold: calibration reads densely; leave them out")
+    is_uniform = verticals is not None or slashes is not None
+    if engine.sparse_attention_config is not None and is_uniform:
+        raise ConfigError("--sparse-attention-config gives the budgets to begin with; leave --verticals, --slashes out")
+    _relaunch(engine.tp * engine.pp)
+    from megatron_qwen import ops
+    from megatron_qwen.evaluation import sparse_calibration as calibration
+    from megatron_qwen.evaluation.perplexity import cut
+    from megatron_qwen.inference.sparse_prefill import LAST_ROWS
+
+    config, dense = _config(model), dataclasses.replace(engine, sparse_prefill="off", sparse_attention_config=None)
+    sizes = {"num_layers": config.num_hidden_layers, "num_heads": config.num_attention_heads}
+    if engine.sparse_attention_config is not None:
+        start = ops.SparseAttentionConfig.read(engine.sparse_attention_config, **sizes)
+    else:
+        most = calibration.VERTICALS if verticals is None else verticals
+        start = calibration.uniform_budgets(
+            **sizes, verticals=most, slashes=calibration.SLASHES if slashes is None else slashes
+        )
+    refinement = ops.Refinement(recall, vertical_step, slash_step)
+    tokenizer, context = _before_loading(model, dense)
+    texts = cut(tokenizer.encode("".join(_read(file) for file in text)), length=length, samples=samples)
+    calibration.check(texts, start)
+    context.require(length - 1, f"--length {length}: the text")
+    block = config.dual_chunk_attention
+    last_rows = (None if block is None else block.sparse_attention_last_q) or LAST_ROWS
+    loaded = dense.load(model)
+    with _progress("calibration", 2 * samples * loaded.observations(length), quiet=json_output) as advance:
+        heads = calibration.calibrate(loaded, texts, start, refinement, last_rows=last_rows, on_call=advance)
+    settings = {
+        "text": [str(file) for file in text], "length": length, "samples": samples, "wanted_recall": recall,
+        "prefill_chunk_size": loaded.prefill_chunk_size, **_settings(model, context, dense),
+    }  # fmt: skip
+    _finish(lambda: show_calibration(heads, settings, out, as_json=json_output))
+
+
+def _name(context: LongContext) -> str:
+    sparse = "" if context.sparse is None else "sparse "
+    return f"{sparse}{'plain' if context.chunks is None else 'dual chunk'} attention"
 
 
 def _check(model: Path) -> None:
@@ -165,11 +244,9 @@ def _config(model: Path) -> Any:
 
 def _before_loading(model: Path, engine: EngineOptions) -> tuple[Any, LongContext]:
     from megatron_qwen.data.tokenizer import QwenTokenizer
-    from megatron_qwen.inference.long_context import LongContext
 
     tokenizer = QwenTokenizer.load(model if (model / "config.json").is_file() else model / "hf")
-    sizes = {"chunk_size": engine.dca_chunk_size, "local_size": engine.dca_local_size}
-    return tokenizer, LongContext.of_model(_config(model), **sizes)
+    return tokenizer, engine.context(model, _config(model))
 
 
 def _settings(model: Path, context: LongContext, engine: EngineOptions) -> dict[str, Any]:
@@ -178,6 +255,7 @@ def _settings(model: Path, context: LongContext, engine: EngineOptions) -> dict[
         "dtype": engine.dtype or _config(model).torch_dtype,
         "layout": {"tp": engine.tp, "pp": engine.pp},
         "dual_chunk_attention": describe_chunks(context),
+        "sparse_prefill": describe_sparse(context),
     }
 
 

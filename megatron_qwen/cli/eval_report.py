@@ -13,6 +13,7 @@ import typer
 if TYPE_CHECKING:
     from megatron_qwen.evaluation.passkey import PasskeyAnswer, PasskeyCase
     from megatron_qwen.evaluation.perplexity import WindowLoss
+    from megatron_qwen.evaluation.sparse_calibration import HeadCalibration
 
 
 def passkey_record(answers: Sequence[PasskeyAnswer], settings: dict[str, Any]) -> dict[str, Any]:
@@ -106,9 +107,55 @@ def show_perplexity(
         draw_losses(windows, out / "perplexity.png", title=_describe(settings))
 
 
+def show_calibration(heads: Sequence[HeadCalibration], settings: dict[str, Any], out: Path, *, as_json: bool) -> None:
+    """Print recall and budgets by layer; write sparse_attention_config.json, sparse_calibration.json and .png."""
+    from rich.table import Table
+
+    from megatron_qwen.checkpoint.atomic import storage_errors
+    from megatron_qwen.evaluation.plots import draw_calibration
+    from megatron_qwen.evaluation.sparse_calibration import as_config, by_layer
+    from megatron_qwen.inference.sparse_prefill import CONFIG_FILE
+
+    layers = by_layer(heads)
+    shown = Table()
+    for name in ("layer", "recall", "lowest head", "lowest piece", "columns", "diagonals", "pairs kept"):
+        shown.add_column(name, justify="right")
+    for name, those in [*((str(number), layer) for number, layer in enumerate(layers)), ("all", list(heads))]:
+        shown.add_row(
+            name,
+            f"{_mean([each.recall for each in those]):.4f}",
+            f"{min(each.recall for each in those):.4f}",
+            f"{min(each.lowest_recall for each in those):.4f}",
+            f"{_mean([each.verticals for each in those]):,.0f}",
+            f"{_mean([each.slashes for each in those]):,.0f}",
+            f"{_mean([each.kept for each in those]):.1%}",
+            end_section=name == str(len(layers) - 1),
+        )
+    record = {
+        **settings,
+        "recall": _mean([each.recall for each in heads]),
+        "lowest_recall": min(each.lowest_recall for each in heads),
+        "kept": _mean([each.kept for each in heads]),
+        "heads": [dataclasses.asdict(each) for each in heads],
+    }
+    write_record("sparse_calibration", record, out)
+    with storage_errors(f"cannot write {out / CONFIG_FILE}"):
+        as_config(heads).write(out / CONFIG_FILE)
+    draw_calibration(
+        layers, out / "sparse_calibration.png", title=f"{_describe(settings)}, {settings['length']:,} tokens"
+    )
+    _print(record, f"Sparse attention: {_describe(settings)}; wrote {out / CONFIG_FILE}", shown, as_json=as_json)
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / len(numbers)
+
+
 def _describe(settings: dict[str, Any]) -> str:
     chunks = settings["dual_chunk_attention"]
     how = f"chunk {chunks['chunk_size']:,}, window {chunks['local_size']:,}" if chunks else "plain attention"
+    if settings["sparse_prefill"]:
+        how += f", sparse beyond {settings['sparse_prefill']['threshold']:,}"
     return f"{Path(settings['model']).resolve().name}, {settings['dtype']}, {how}"
 
 

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megatron_qwen.cli.engine_options import CacheOption, EngineOptions, describe_chunks, with_engine_options
+from megatron_qwen.cli.engine_options import (
+    CacheOption,
+    EngineOptions,
+    describe_chunks,
+    describe_sparse,
+    with_engine_options,
+)
 from megatron_qwen.errors import ConfigError, CorruptInputError, IncompleteInputError
 
 if TYPE_CHECKING:
@@ -61,7 +67,8 @@ def generate(
 
     What is not given comes from the folder's generation_config.json: sampling and end tokens.
     Giving --temperature, --top-p or --top-k draws tokens even where the folder says greedy.
-    Dual chunk attention is on where the folder's config.json has it, or with --dca-chunk-size.
+    Dual chunk attention is on where the folder's config.json has it, or with --dca-chunk-size; prompts beyond a
+    threshold are sparse then where the folder has budgets for it.
     """
     from megatron_qwen.parallel.launch import is_rank_process, relaunch_on_local_ranks
 
@@ -163,7 +170,6 @@ def _run(
     from megatron_qwen.conversion.loading import read_config
     from megatron_qwen.data.tokenizer import QwenTokenizer
     from megatron_qwen.inference.completion import check_prompts
-    from megatron_qwen.inference.long_context import LongContext
     from megatron_qwen.parallel import groups
 
     config = read_config(folder)
@@ -171,7 +177,7 @@ def _run(
     params, sources = _choose_settings(given, tokenizer, config, chat=chat)
     prompts = [_as_chat(tokenizer, text, system) for text in texts] if chat else list(texts)
     # Before the weights are read, which may take minutes.
-    context = LongContext.of_model(config, chunk_size=engine.dca_chunk_size, local_size=engine.dca_local_size)
+    context = engine.context(folder, config)
     check_prompts([tokenizer.encode(text) for text in prompts], context=context, vocab_size=config.vocab_size)
     loaded = engine.load(folder, cache_tokens=cache_tokens)
     start = time.perf_counter()
@@ -240,6 +246,7 @@ def _show(
             "model": str(folder),
             "layout": {"tp": layout[0], "pp": layout[1]},
             "dual_chunk_attention": describe_chunks(context),
+            "sparse_prefill": describe_sparse(context),
             "sampling": {name: {"value": settings[name], "from": sources[name]} for name in settings},
             "completions": [
                 {"prompt": text, **dataclasses.asdict(each)} for text, each in zip(prompts, completions, strict=True)

@@ -81,10 +81,19 @@ def _open_megatron(
 
 def read_config(folder: str | Path) -> QwenConfig:
     """Return the model's configuration: config.json of a Hugging Face folder or that beside a Megatron checkpoint."""
+    return QwenConfig.from_hf(config_folder(folder))
+
+
+def config_folder(folder: str | Path) -> Path:
+    """Return where the config.json of a Hugging Face or Megatron folder lies, and files beside it.
+
+    Raises:
+        IncompleteInputError: there is none.
+    """
     path = Path(folder)
     for place in (path, path / "hf", path.parent / "hf"):
         if (place / "config.json").is_file():
-            return QwenConfig.from_hf(place)
+            return place
     raise IncompleteInputError(
         f"{path}: neither config.json nor hf/config.json; expected a Hugging Face or Megatron folder"
     )

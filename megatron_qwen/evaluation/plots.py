@@ -10,6 +10,7 @@ from megatron_qwen.checkpoint.atomic import staging_path, storage_errors
 
 if TYPE_CHECKING:
     from megatron_qwen.evaluation.perplexity import WindowLoss
+    from megatron_qwen.evaluation.sparse_calibration import HeadCalibration
 
 
 def draw_heat_map(table: Mapping[int, Mapping[float, float]], target: Path, *, title: str) -> None:
@@ -55,13 +56,34 @@ def draw_losses(curves: Mapping[str, Sequence[WindowLoss]], target: Path, *, tit
     _save(figure, target)
 
 
-def _axes(size: tuple[float, float]) -> tuple[Any, Any]:
+def draw_calibration(layers: Sequence[Sequence[HeadCalibration]], target: Path, *, title: str) -> None:
+    """Draw recall, and the share of pairs kept, by layer (rows) and head (columns), into a PNG.
+
+    Args:
+        layers: heads of each layer.
+        target: the PNG to write or replace.
+        title: above the plot.
+    """
+    figure, axes = _axes((max(7.0, 2.0 + 0.4 * len(layers[0])), 1.6 + 0.16 * len(layers)), columns=2)
+    panels = [
+        ("recall", [[each.recall for each in layer] for layer in layers], "RdYlGn"),
+        ("pairs kept", [[each.kept for each in layer] for layer in layers], "Blues"),
+    ]
+    for one, (name, cells, colours) in zip(axes, panels, strict=True):
+        image = one.imshow(cells, cmap=colours, vmin=0 if name == "pairs kept" else None, vmax=1, aspect="auto")
+        one.set(xlabel="query head", ylabel="layer", title=name)
+        figure.colorbar(image, ax=one)
+    figure.suptitle(title, fontsize=8)
+    _save(figure, target)
+
+
+def _axes(size: tuple[float, float], *, columns: int = 1) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
+    return figure, figure.subplots(1, columns)
 
 
 def _save(figure: Any, target: Path) -> None:

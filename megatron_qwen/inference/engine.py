@@ -48,6 +48,7 @@ class Engine:
     Attributes:
         tokenizer: of the model.
         context: how far texts go, and how attention works there.
+        prefill_chunk_size: prompt tokens of one call of the model at most.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.context = context or LongContext.of_built(self._chunks[0])
         self._vocab_size: int = vocab_size or self._chunks[0].vocab_size
-        self._prefill_chunk_size, self._cache_tokens = prefill_chunk_size, cache_tokens
+        self.prefill_chunk_size, self._cache_tokens = prefill_chunk_size, cache_tokens
         for name, value in (("prefill_chunk_size", prefill_chunk_size), ("cache_tokens", cache_tokens)):
             if value is not None and value < 1:
                 raise ConfigError(f"{name}: got {value}, expected at least 1")
@@ -217,14 +218,18 @@ class Engine:
             for _ in self._read(tokens, observer):
                 pass
 
+    def observations(self, tokens: int) -> int:
+        """Return how often `watch` calls the observer of this rank for a text of so many tokens."""
+        return self._cache_shape.num_layers * -(-tokens // self.prefill_chunk_size)
+
     def _read(
         self, tokens: Sequence[int], observer: Callable[[PromptAttention], None] | None = None
     ) -> Iterator[tuple[range, torch.Tensor | None]]:
         """Prefill one text; yield positions, and on the last stage their hidden states, piece by piece."""
         cache, forward = self._prepare(len(tokens), len(tokens), observer)
         cache.admit(0, len(tokens))
-        for start in range(0, len(tokens), self._prefill_chunk_size):
-            new = range(start, min(start + self._prefill_chunk_size, len(tokens)))
+        for start in range(0, len(tokens), self.prefill_chunk_size):
+            new = range(start, min(start + self.prefill_chunk_size, len(tokens)))
             segment = Segment(
                 sequence=0, tokens=tokens[new.start : new.stop], start=new.start, prompt_tokens=len(tokens)
             )
@@ -279,7 +284,7 @@ class Engine:
         """
         segments: list[Segment] = []
         wanted: list[int] = []
-        room = self._prefill_chunk_size
+        room = self.prefill_chunk_size
         for row, following in itertools.zip_longest(rows, rows[1:]):
             is_alone = any(each and self.context.is_sparse(len(each.prompt)) for each in (row, following))
             start, end = 0, len(row.prompt)
@@ -292,7 +297,7 @@ class Engine:
                     wanted.append(len(segments) - 1)
                 if not room or (start == end and (following is None or is_alone)):
                     yield forward.logits(segments, wanted)
-                    segments, wanted, room = [], [], self._prefill_chunk_size
+                    segments, wanted, room = [], [], self.prefill_chunk_size
 
 
 def generate(

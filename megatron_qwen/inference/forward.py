@@ -75,7 +75,8 @@ class PagedForward:
         self._chunks, self._cache, self._observer = chunks, cache, observer
         self._context = context.within(max_tokens)
         has_chunks = self._context.chunks is not None
-        self._tables = model_tables(chunks[0], self._context.table_rows(max_tokens), exact=has_chunks)
+        rows = self._context.table_rows(max_tokens, is_watched=observer is not None)
+        self._tables = model_tables(chunks[0], rows, exact=has_chunks)
         self._step: _Step | None = None
 
     @contextlib.contextmanager

@@ -134,11 +134,17 @@ class LongContext:
         """Whether a prompt of so many tokens is attended sparsely."""
         return self.sparse is not None and self.sparse.applies_to(prompt_tokens)
 
-    def table_rows(self, tokens: int) -> int:
-        """Return the positions that rotary tables must have for texts of so many tokens."""
+    def table_rows(self, tokens: int, *, is_watched: bool = False) -> int:
+        """Return the positions that rotary tables must have for texts of so many tokens.
+
+        Args:
+            tokens: of the longest.
+            is_watched: for scores of columns and diagonals, too, though prefill is dense.
+        """
         if self.chunks is None:
             return tokens
-        return self.chunks.limit + 1 if self.sparse is None else max(self.chunks.limit + 1, table_rows(self.chunks))
+        attended = self.chunks.limit + 1
+        return attended if self.sparse is None and not is_watched else max(attended, table_rows(self.chunks))
 
     def key_positions(self, positions: torch.Tensor) -> torch.Tensor:
         """Return where keys are rotated, given where they are in their text."""

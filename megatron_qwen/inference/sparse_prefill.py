@@ -85,7 +85,7 @@ class SparsePrefill:
 
         Args:
             config: of the model.
-            folder: of the model, in which (or in whose hf/) a file of budgets may lie; None for none.
+            folder: of the model; budgets may lie in a file beside its config.json. None for none.
             request: what is asked for.
             has_chunks: whether texts are attended in chunks.
 
@@ -122,12 +122,12 @@ def _find_budgets(config: QwenConfig, folder: Path | None, file: Path | None) ->
             return ops.SparseAttentionConfig.from_json(block.sparse_attention_config, **sizes)
         except ConfigError as error:
             raise ConfigError(f"dual_chunk_attention_config.sparse_attention_config: {error}") from None
-    places = () if folder is None else (folder, folder / "hf", folder.parent / "hf")
-    for place in places:  # where config.json is looked for; the file is its neighbour
-        if (place / "config.json").is_file():
-            beside = place / CONFIG_FILE
-            return ops.SparseAttentionConfig.read(beside, **sizes) if beside.is_file() else None
-    return None
+    if folder is None:
+        return None
+    from megatron_qwen.conversion.loading import config_folder
+
+    beside = config_folder(folder) / CONFIG_FILE
+    return ops.SparseAttentionConfig.read(beside, **sizes) if beside.is_file() else None
 
 
 def _no_budgets(folder: Path | None, *, by_model: bool) -> str:
