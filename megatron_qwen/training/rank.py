@@ -95,6 +95,12 @@ def _check_attention(recipe: Recipe, config: QwenConfig) -> None:
     if dropout and (is_chunked or (is_local and recipe.parallel.cp > 1)):
         what = "Dual Chunk Attention" if is_chunked else "parallel.cp > 1"
         raise ConfigError(f"model.attention_dropout: got {dropout}; expected 0 with {what}")
+    yarn, cp = config.rope_scaling, recipe.parallel.cp
+    if yarn is not None and cp > 1 and yarn.original_max_position_embeddings % (2 * cp):
+        raise ConfigError(
+            f"parallel.cp: got {cp}; expected 2 * cp to divide original_max_position_embeddings "
+            f"{yarn.original_max_position_embeddings} of this model's YaRN, of which Megatron-Core cuts a table"
+        )
 
 
 def world_size_of_environment() -> int:

@@ -86,8 +86,9 @@ def watch_positions(config: QwenConfig) -> list[list[int]]:
     """Return a list into which the first layer puts the positions of its tokens, as numbers."""
     from megatron_qwen import ops
     from megatron_qwen.model import self_attention
+    from megatron_qwen.model.rope import inverse_frequencies
 
-    slowest = config.rope_theta ** (2 / config.head_dim - 1)
+    slowest = float(inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)[-1])
     seen: list[list[int]] = []
 
     class Watched:

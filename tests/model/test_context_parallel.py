@@ -15,7 +15,7 @@ from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_qwen import ops
 from megatron_qwen.errors import ConfigError
-from megatron_qwen.model.config import DualChunkAttention, QwenConfig
+from megatron_qwen.model.config import DualChunkAttention, QwenConfig, YarnScaling
 from megatron_qwen.model.gathered_attention import plan_packed
 from megatron_qwen.model.ring_attention import _batches
 from megatron_qwen.parallel.context import packed_lengths, pieces_of_rank, tokens_of_rank
@@ -31,12 +31,18 @@ CHUNKED = DualChunkAttention(chunk_size=13, local_size=5, original_max_position_
 MODELS: dict[str, QwenConfig] = {
     "dense": tiny_dense(layers=2),
     "dense-dca": tiny_dense(layers=2, dual_chunk_attention=CHUNKED),
+    # The temperature is in the logits beside YaRN's own factor, which is in the tables.
+    "yarn-dca": tiny_dense(
+        layers=1,
+        dual_chunk_attention=CHUNKED,
+        rope_scaling=YarnScaling(factor=4.0, original_max_position_embeddings=16),
+    ),
     "moe-dca": tiny_moe(layers=2, mlp_only_layers=(0,), router_aux_loss_coef=0.0, dual_chunk_attention=CHUNKED),
 }
 ALONE = [
     Case(name=f"{model}{'-packed' if is_packed else ''}", config=config, layout=ParallelLayout(), is_packed=is_packed)
     for model, config in MODELS.items()
-    for is_packed in ((False, True) if model != "moe-dca" else (False,))
+    for is_packed in ((False, True) if model.startswith("dense") else (False,))
 ]
 
 
@@ -60,7 +66,7 @@ def cases() -> list[Case]:
         replace(one, name="dense-dca cp=2 tp=2 sp", layout=replace(tp, sequence_parallel=True), fields=gathered),
         replace(one, name="dense-dca cp=2 selective recompute", fields=recompute),
         replace(one, name="dense-dca cp=2 full recompute", fields={**full, **gathered}),
-        replace(one, name="moe-dca cp=2", config=MODELS["moe-dca"]),
+        *(replace(one, name=f"{name} cp=2", config=MODELS[name]) for name in ("moe-dca", "yarn-dca")),
         *(
             Case(name=f"{name}-packed cp={cp} {kind}", config=MODELS[name], layout=ParallelLayout(cp=cp),
                  is_packed=True, fields={"cp_comm_type": kind})

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_qwen.errors import ConfigError
-from megatron_qwen.model.config import DualChunkAttention, QwenConfig
+from megatron_qwen.model.config import DualChunkAttention, QwenConfig, YarnScaling
 from megatron_qwen.parallel.layout import ParallelLayout
 from megatron_qwen.recipes.pretrain import pretrain
 from megatron_qwen.testing.ranks import run_ranks
@@ -124,6 +124,16 @@ def test_what_cannot_run_is_refused_before_anything_starts(changes, ranks, messa
     recipe = recipe_of(tiny, corpus, "run", *changes)
     with pytest.raises(ConfigError, match=message):
         check_recipe(recipe, resolve_source(recipe).config, ranks)
+
+
+def test_tables_of_yarn_that_megatron_cannot_cut_are_refused(corpus, tmp_path):
+    yarn = YarnScaling(factor=2.0, original_max_position_embeddings=32)
+    folder = write_tiny_hf(tmp_path / "yarn", dataclasses.replace(tiny_dense(vocab=320), rope_scaling=yarn))
+    recipe = recipe_of(str(folder), corpus, "run", "parallel.cp=4")
+    check_recipe(recipe, resolve_source(recipe).config, 4)
+    recipe = recipe_of(str(folder), corpus, "run", "parallel.cp=3")
+    with pytest.raises(ConfigError, match=r"parallel.cp: got 3; expected 2 \* cp to divide .* 32 of this model's YaRN"):
+        check_recipe(recipe, resolve_source(recipe).config, 3)
 
 
 def test_chunks_take_a_model_beyond_its_positions(tiny, corpus):
