@@ -11,6 +11,7 @@ adds up a sum in one go, where MKL takes it in parts: over 2048 terms its error 
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ FEWEST_MULTIPLICATIONS = 2**21
 # Terms of a sum that are added in one go: with 256 one layer of experts came to 0.99 of what testing/compare.py allows,
 # with 192 to 0.62.
 MOST_TERMS = 192
+PROCESSORS = Path("/proc/cpuinfo")
 
 
 def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -104,5 +106,8 @@ def has_faster_onednn() -> bool:
 
 def _is_intel() -> bool:
     """Whether this is one of Intel's processors, or not known to be another."""
-    information = Path("/proc/cpuinfo")
-    return not information.exists() or "GenuineIntel" in information.read_text()
+    try:
+        vendors = re.findall(r"^vendor_id\s*:\s*(\S+)", PROCESSORS.read_text(), re.MULTILINE)
+    except OSError:  # there is none on macOS and Windows, and a sandbox may forbid it
+        return True
+    return not vendors or "GenuineIntel" in vendors

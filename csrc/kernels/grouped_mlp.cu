@@ -13,20 +13,6 @@
 namespace megatron_qwen {
 namespace {
 
-void require_sm90(const char* op) {
-  const int major = compute_capability_major(op);
-  if (major == 9) return;
-  throw std::runtime_error(std::string(op) + ": its kernel is made for sm_90a, but the current device has compute " +
-                           "capability " + std::to_string(major) + ".x; use backend triton or reference");
-}
-
-// Calls launch with a tag of the 16-bit type.
-template <typename Launch>
-void dispatch_16_bits(DType dtype, Launch&& launch) {
-  if (dtype == DType::kFloat16) return launch(TypeTag<__half>{});
-  launch(TypeTag<__nv_bfloat16>{});
-}
-
 // One block per multiprocessor, as the stages fill its shared memory; fewer where there are fewer tiles.
 std::int64_t blocks_for(const char* op, std::int64_t most_tiles) {
   return std::min(most_tiles, std::int64_t{num_multiprocessors(op)});
@@ -87,17 +73,23 @@ std::unique_ptr<RowGemmParams> empty_gemm(const ExpertGroups& groups) {
   return gemm;
 }
 
+// For the passes from rows of tokens [., H] to rows of a flat buffer.
+std::unique_ptr<RowGemmParams> gemm_from_tokens(const ExpertGroups& groups, const void* source) {
+  auto gemm = empty_gemm(groups);
+  gemm->depth = gemm->shared_depth = groups.size;
+  gemm->columns = groups.width;
+  gemm->shared_columns = groups.shared_width;
+  gemm->source = source;
+  return gemm;
+}
+
 }  // namespace
 
 void grouped_up(const GroupedUpParams& params) {
   constexpr const char* kOp = "grouped_up";
   check(params);
   const ExpertGroups& groups = params.groups;
-  const auto gemm = empty_gemm(groups);
-  gemm->depth = gemm->shared_depth = groups.size;
-  gemm->columns = groups.width;
-  gemm->shared_columns = groups.shared_width;
-  gemm->source = params.x;
+  const auto gemm = gemm_from_tokens(groups, params.x);
   gemm->packed = params.packed;
   gemm->hidden = params.hidden;
   describe_matrices<RowPass::kUp>(kOp, groups, params.fc1,
@@ -134,11 +126,7 @@ void grouped_activation_backward(const GroupedActivationBackwardParams& params) 
   constexpr const char* kOp = "grouped_activation_backward";
   check(params);
   const ExpertGroups& groups = params.groups;
-  const auto gemm = empty_gemm(groups);
-  gemm->depth = gemm->shared_depth = groups.size;
-  gemm->columns = groups.width;
-  gemm->shared_columns = groups.shared_width;
-  gemm->source = params.grad;
+  const auto gemm = gemm_from_tokens(groups, params.grad);
   gemm->row_weights = params.row_weights;
   gemm->slots = params.slots;
   gemm->packed = const_cast<void*>(params.packed);

@@ -17,44 +17,14 @@ import torch
 
 from ... import _C
 from ..cuda_launch import address, dtype_name, launching_on
-from .inputs import Gradients, Inputs, Sinks
+from .inputs import Gradients, Inputs, Problem, Sinks
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Problem:
+class _Problem(Problem):
     """What all launches of a call share."""
 
-    inputs: Inputs
     stream: int
-
-    @property
-    def x(self) -> torch.Tensor:
-        return self.inputs.x
-
-    @property
-    def fc1(self) -> list[torch.Tensor]:
-        """All groups' W1."""
-        return [*self.inputs.fc1, *self.inputs.shared[:1]]
-
-    @property
-    def fc2(self) -> list[torch.Tensor]:
-        """All groups' W2."""
-        return [*self.inputs.fc2, *self.inputs.shared[1:2]]
-
-    @property
-    def gate(self) -> torch.Tensor | None:
-        """The shared expert's, [1, H]."""
-        return self.inputs.shared[2] if len(self.inputs.shared) == 3 else None
-
-    @property
-    def routed(self) -> int:
-        """R."""
-        return self.inputs.weights.numel()
-
-    @property
-    def shared_tokens(self) -> int:
-        """T; 0 without a shared expert."""
-        return self.x.shape[0] if self.inputs.shared else 0
 
     @property
     def size(self) -> int:
@@ -63,8 +33,7 @@ class _Problem:
 
     def flat(self, factor: int) -> torch.Tensor:
         """Room for [R, factor F] and [T, factor Fs]."""
-        numbers = self.routed * self.inputs.width + self.shared_tokens * self.inputs.shared_width
-        return self.x.new_empty(factor * numbers)
+        return self.x.new_empty(factor * self.numbers(self.inputs.width, self.inputs.shared_width))
 
     @functools.cached_property
     def gates(self) -> torch.Tensor | None:
@@ -156,7 +125,7 @@ def backward(
         grad_rows = x.new_empty(problem.routed + problem.shared_tokens, problem.size)
         _down(problem, grad_packed, problem.fc1, grad_rows, weigh=False)
         grad_x = _combine(problem, grad_rows, grad_logits)
-        into = _sinks_of(inputs, sinks or [None] * (2 * len(inputs.fc1) + len(shared)))
+        into = problem.sort_sinks(sinks)
         grads1 = _matrix_gradients(problem, grad_packed, x, problem.fc1, into[0], transposed=False)
         grads2 = _matrix_gradients(problem, hidden, grad, problem.fc2, into[1], transposed=True)
         grads_shared = [grads1.pop(), grads2.pop()] if shared else []
@@ -313,14 +282,3 @@ def _gate_gradient(problem: _Problem, grad_logits: torch.Tensor, sink: torch.Ten
     if sink is not None:
         sink.add_(grad)
     return grad
-
-
-def _sinks_of(inputs: Inputs, sinks: Sinks) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Sort `sinks` as the matrices are: all of them, or none."""
-    count = len(inputs.fc1)
-    wanted = (sinks[:count], sinks[count : 2 * count])
-    shared = (sinks[2 * count : 2 * count + 1], sinks[2 * count + 1 : 2 * count + 2])
-    first, second = (
-        [each for each in (*own, *more) if each is not None] for own, more in zip(wanted, shared, strict=True)
-    )
-    return first, second

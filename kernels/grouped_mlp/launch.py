@@ -20,7 +20,7 @@ import triton
 
 from ..column_sum import multiprocessors
 from . import kernel, rows
-from .inputs import Gradients, Inputs, Sinks
+from .inputs import Gradients, Inputs, Problem, Sinks
 
 _IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Matrices start at multiples of this many elements where all do.
@@ -28,44 +28,10 @@ ALIGNMENT = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Problem:
+class _Problem(Problem):
     """What all launches of a call share; see kernel.py for the schedule, whose last group is the shared expert."""
 
-    inputs: Inputs
     map_of_tiles: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-    @property
-    def x(self) -> torch.Tensor:
-        return self.inputs.x
-
-    @property
-    def fc1(self) -> list[torch.Tensor]:
-        """All groups' W1."""
-        return [*self.inputs.fc1, *self.inputs.shared[:1]]
-
-    @property
-    def fc2(self) -> list[torch.Tensor]:
-        """All groups' W2."""
-        return [*self.inputs.fc2, *self.inputs.shared[1:2]]
-
-    @property
-    def gate(self) -> torch.Tensor | None:
-        """The shared expert's, [1, H]."""
-        return self.inputs.shared[2] if len(self.inputs.shared) == 3 else None
-
-    @property
-    def routed(self) -> int:
-        """R."""
-        return self.inputs.weights.numel()
-
-    @property
-    def shared_tokens(self) -> int:
-        """T; 0 without a shared expert."""
-        return self.x.shape[0] if self.inputs.shared else 0
-
-    def numbers(self, width: int, shared_width: int) -> int:
-        """Length of a flat buffer [R, width] and [T, shared_width]."""
-        return self.routed * width + self.shared_tokens * shared_width
 
     def blocks(self, pairs: bool = False) -> dict[str, Any]:
         """See `_blocks`."""
@@ -120,7 +86,7 @@ def backward(
     grad_rows = x.new_empty(problem.routed + problem.shared_tokens, x.shape[1])
     _down(problem, grad_packed, problem.fc1, grad_rows, weigh=False)
     grad_x = _combine(problem, grad_rows, grad_logits)
-    into = _sinks_of(problem, sinks or [None] * (2 * len(inputs.fc1) + len(shared)))
+    into = problem.sort_sinks(sinks)
     grads1 = _matrix_gradients(problem, grad_packed, x, into[0], transposed=False)
     grads2 = _matrix_gradients(problem, hidden, grad, into[1], transposed=True)
     grads_shared = [grads1.pop(), grads2.pop()] if shared else []
@@ -226,17 +192,6 @@ def _matrix_gradients(
         GATHERS=inputs.source is not None, TRANSPOSED=transposed, ADDS=bool(sinks), ALIGNMENT=alignment, **blocks,
     )  # fmt: skip
     return grads
-
-
-def _sinks_of(problem: _Problem, sinks: Sinks) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Sort `sinks` as the matrices are: all of them, or none."""
-    count = len(problem.inputs.fc1)
-    wanted = (sinks[:count], sinks[count : 2 * count])
-    shared = (sinks[2 * count : 2 * count + 1], sinks[2 * count + 1 : 2 * count + 2])
-    first, second = (
-        [each for each in (*own, *more) if each is not None] for own, more in zip(wanted, shared, strict=True)
-    )
-    return first, second
 
 
 def _offsets_of(matrices: Sequence[torch.Tensor]) -> tuple[torch.Tensor, int]:

@@ -74,6 +74,8 @@ class QwenMoELayer(MoELayer):  # type: ignore[misc]  # megatron-core is untyped
             padding_mask: [B, S], True for padding, or None.
             kwargs: further arguments of Megatron's forward.
         """
+        if self.in_one_operation and padding_mask is not None:
+            say_once("the MoE layer goes Megatron-Core's way, not through ops.moe_mlp: a padding mask")
         if not self.in_one_operation or intermediate_tensors is not None or padding_mask is not None or kwargs:
             return super().forward(hidden_states, intermediate_tensors, padding_mask, **kwargs)
         weights, experts = self.router.choose(hidden_states)

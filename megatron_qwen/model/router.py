@@ -88,6 +88,8 @@ class QwenRouter(TopKRouter):  # type: ignore[misc]  # megatron-core is untyped
             logits: [S, B, E].
             padding_mask: [S, B], True for padding, or None.
         """
+        if padding_mask is not None:
+            say_once("routing of batches with a padding mask is Megatron-Core's own, not ops.moe_routing")
         if self.beyond or padding_mask is not None:
             dense: tuple[Tensor, Tensor] = super().routing(logits, padding_mask=padding_mask)
             return dense

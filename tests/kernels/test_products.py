@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -89,10 +92,36 @@ def test_small_products_other_dtypes_and_other_processors_take_torch(monkeypatch
     assert products._rows_for_onednn(large, 256) == 0
 
 
-def test_intel_processors_keep_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
+X86 = "processor\t: 0\nvendor_id\t: {}\nmodel name\t: a GenuineIntel-like processor\n"
+
+
+@pytest.mark.parametrize(
+    ("capability", "processors", "expected"),
+    [
+        ("AVX512", X86.format("AuthenticAMD"), True),
+        ("AVX512", X86.format("HygonGenuine"), True),
+        ("AVX512", X86.format("GenuineIntel"), False),
+        ("AVX2", X86.format("AuthenticAMD"), False),
+        ("SVE256", "processor\t: 0\nCPU implementer\t: 0x41\n", False),
+        ("DEFAULT", "processor\t: 0\nCPU implementer\t: 0x41\n", False),
+        ("AVX512", "processor\t: 0\n", False),
+        ("AVX512", None, False),
+    ],
+)
+def test_onednn_is_for_avx512_of_processors_known_not_to_be_intels(
+    capability: str, processors: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """None: no list of processors, as on macOS. On arm64 that names no vendor."""
+    if processors is not None:
+        (tmp_path / "cpuinfo").write_text(processors)
+    monkeypatch.setattr(products, "PROCESSORS", tmp_path / "cpuinfo")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(products.torch.ops.mkldnn, "_linear_pointwise", None, raising=False)
+    assert products.has_faster_onednn.__wrapped__() == expected
+
+
+def test_a_torch_without_onednn_is_not_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products.torch.ops, "mkldnn", SimpleNamespace())
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    for is_intel in (True, False):
-        monkeypatch.setattr(products, "_is_intel", lambda is_intel=is_intel: is_intel)
-        products.has_faster_onednn.cache_clear()
-        assert products.has_faster_onednn() != is_intel
-    products.has_faster_onednn.cache_clear()
+    monkeypatch.setattr(products, "_is_intel", lambda: False)
+    assert not products.has_faster_onednn.__wrapped__()

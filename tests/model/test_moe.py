@@ -150,11 +150,16 @@ def test_nothing_is_said_of_an_ordinary_model(lines):
     assert not lines.messages
 
 
-def test_a_padding_mask_is_megatrons():
+def test_a_padding_mask_is_megatrons_and_said_once(lines):
     layer = layer_of()
     mask = torch.zeros(3, 13, dtype=torch.bool)
     mask[1, 5:] = True
-    assert_as_megatrons(layer, torch.randn(13, 3, 64), padding_mask=mask)
+    for _ in range(2):
+        assert_as_megatrons(layer, torch.randn(13, 3, 64), padding_mask=mask)
+    said = [line for line in lines.messages if "padding mask" in line]
+    assert len(said) == 2
+    assert "not through ops.moe_mlp" in said[0]
+    assert "not ops.moe_routing" in said[1]
 
 
 def test_one_launch_with_the_shared_experts(monkeypatch):
