@@ -15,13 +15,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ...errors import ConfigError
-from ..dual_chunk_attention import ChunkLayout, pieces
+from ..dual_chunk_attention import pieces
 from ..dual_chunk_attention.merge import part_weight
 from ..dual_chunk_attention.request import AttentionRequest, Sequences
 from ..dual_chunk_attention.rotation import Rotation
 from ..dual_chunk_attention.segments import Run, runs
-from .arguments import OP, checked_sequence
 from .index import SparseIndex
 
 TILE = 64
@@ -30,49 +28,10 @@ MASKED_KEYS = 16384
 """Keys of one masked product, 4 MiB of logits."""
 
 
-def sparse_prefill_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    index: SparseIndex,
-    *,
-    chunks: ChunkLayout | None,
-    tables: tuple[torch.Tensor, torch.Tensor] | None,
-    keys_rotated: bool = False,
-    softmax_scale: float | None = None,
-    logit_scale: torch.Tensor | None = None,
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: SparseIndex, request: AttentionRequest
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `dual_chunk_attention` of one sequence over the kept pairs of row and key only; no gradient.
-
-    Args:
-        q: [S, H, D], the last S tokens of the sequence; raw where tables are given.
-        k: [K, G, D], the first K >= S tokens; G divides H.
-        v: as k.
-        index: for H heads and K keys, on the device of q.
-        chunks: None for plain causal attention.
-        tables: cos and sin; see `dual_chunk_attention`.
-        keys_rotated: k comes rotated at j mod L (plain: at j).
-        softmax_scale: 1 / sqrt(D) by default.
-        logit_scale: fp32 [S] (fp64 for fp64), multiplies the logits of each row.
-
-    Returns:
-        Output [S, H, D] and the natural log-sum-exp over kept keys [H, S], fp32 (fp64 for fp64); 0 and -inf for a row
-        without a kept key.
-
-    Raises:
-        ConfigError: an argument does not fit, or a gradient is wanted.
-    """
-    request = checked_sequence(
-        q,
-        k,
-        v,
-        chunks=chunks,
-        tables=tables,
-        keys_rotated=keys_rotated,
-        softmax_scale=softmax_scale,
-        logit_scale=logit_scale,
-    )
-    _check_index(q, k, index)
+    """Return output [S, H, D] and lse [H, S] as `sparse_prefill_attention` does; q [S, H, D], k and v [K, G, D]."""
     output = q.new_empty(q.shape)
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.promote_types(q.dtype, torch.float32))
     each = Sequences(slice(0, q.shape[0]), slice(0, k.shape[0]), request.query_start, 0)
@@ -80,7 +39,7 @@ def sparse_prefill_attention(
     keys_GKD, values_GKD = rotation.keys(k.unsqueeze(0))[0].transpose(0, 1), v.transpose(0, 1)
     shared = q.shape[1] // k.shape[1]
     heads = [_Head(index, head, q.device) for head in range(q.shape[1])]
-    for run in runs(chunks, request.query_start, q.shape[0], 0, k.shape[0], TILE):
+    for run in runs(request.chunks, request.query_start, q.shape[0], 0, k.shape[0], TILE):
         rows = slice(run.first_row, run.last_row)
         variants = {piece.variant for piece in run.pieces}
         queries = {each: rotation.queries(q.unsqueeze(0), rows.start, rows.stop, each)[0] for each in variants}
@@ -89,16 +48,6 @@ def sparse_prefill_attention(
             keys_values = keys_GKD[number // shared], values_GKD[number // shared]
             output[rows, number], lse[number, rows] = _attend_tile(run, request, head, of_head, keys_values)
     return output, lse
-
-
-def _check_index(q: torch.Tensor, k: torch.Tensor, index: SparseIndex) -> None:
-    if index.heads != q.shape[1] or index.length != k.shape[0]:
-        raise ConfigError(
-            f"{OP}: the index is for {index.heads} heads and {index.length} keys; expected {q.shape[1]} and "
-            f"{k.shape[0]}"
-        )
-    if index.verticals.device != q.device or index.slashes.device != q.device:
-        raise ConfigError(f"{OP}: the index is on {index.verticals.device}; expected {q.device}, where q is")
 
 
 class _Head:

@@ -14,10 +14,10 @@ import torch
 from ...errors import ConfigError
 from ..dual_chunk_attention import ChunkLayout, dual_chunk_attention
 from .arguments import checked_sequence
-from .attention import sparse_prefill_attention
 from .configuration import HeadBudget
 from .estimation import LAST_ROWS, attention_sums, select
 from .index import SparseIndex
+from .op import sparse_prefill_attention
 
 STEP = 2048
 """What the published budgets grow by: (1000, 6096), (3048, 8144), (5096, 10192), ..."""

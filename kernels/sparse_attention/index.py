@@ -24,9 +24,12 @@ class SparseIndex:
     Attributes:
         length: number of keys.
         verticals: int32 [V], key columns, ascending within a head.
-        vertical_bounds: int64 [H + 1] on the CPU; head h has verticals[vertical_bounds[h] : vertical_bounds[h + 1]].
-        slashes: int32 [N, 2], distances first to last - 1, ascending within a head, with a gap between any two.
-        slash_bounds: int64 [H + 1] on the CPU.
+        vertical_bounds: int64 [H + 1]; head h has verticals[vertical_bounds[h] : vertical_bounds[h + 1]].
+        slashes: int32 [N, 2], distances first to last - 1, ascending within a head, with a gap between any two. On a
+            GPU there may be room behind the last bound: how many intervals were found is not known on the host.
+        slash_bounds: int64 [H + 1].
+
+    All tensors are on one device.
 
     Raises:
         ConfigError: the tensors contradict that. The numbers themselves are checked on a CPU only.
@@ -54,7 +57,7 @@ class SparseIndex:
     def of_heads(cls, length: int, verticals: Sequence[torch.Tensor], slashes: Sequence[torch.Tensor]) -> SparseIndex:
         """Put together the lists of heads: ascending columns [V_h], and intervals [N_h, 2] as of `intervals`."""
         bounds = [
-            torch.tensor([0, *itertools.accumulate(len(each) for each in lists)], dtype=torch.int64)
+            torch.tensor([0, *itertools.accumulate(len(each) for each in lists)], dtype=torch.int64).to(lists[0].device)
             for lists in (verticals, slashes)
         ]
         columns, distances = (torch.cat([each.to(torch.int32) for each in lists]) for lists in (verticals, slashes))
@@ -100,11 +103,14 @@ class SparseIndex:
                 f"sparse index: {of} has shape {tuple(lists.shape)}, dtype {lists.dtype}; expected contiguous int32 "
                 f"[entries{', 2' if axes == 2 else ''}]"
             )
-        if bounds.dim() != 1 or bounds.dtype != torch.int64 or not bounds.is_cpu or len(bounds) == 0:
+        is_bounds = bounds.dim() == 1 and bounds.dtype == torch.int64 and len(bounds) > 0
+        if not is_bounds or lists.device != self.verticals.device or bounds.device != lists.device:
             raise ConfigError(
-                f"sparse index: {name} has shape {tuple(bounds.shape)}, dtype {bounds.dtype}, device {bounds.device}; "
-                "expected int64 [heads + 1] on the CPU"
+                f"sparse index: {name} has shape {tuple(bounds.shape)}, dtype {bounds.dtype}, device {bounds.device}, "
+                f"{of} device {lists.device}; expected int64 [heads + 1] and {self.verticals.device} for all"
             )
+        if not bounds.is_cpu:
+            return
         if int(bounds[0]) != 0 or int(bounds[-1]) != len(lists) or bool((bounds.diff() < 0).any()):
             raise ConfigError(f"sparse index: {name} is {bounds.tolist()}; expected ascending, from 0 to {len(lists)}")
 

@@ -311,7 +311,7 @@ CASES["dual_chunk_attention"] = Case(
     arguments=_attention,
     leaves=("q", "k", "v"),
     plain=_plain_dual_chunk_attention,
-    registered=("dual_chunk_attention", "paged_decode_attention"),
+    registered=("dual_chunk_attention", "paged_decode_attention", "sparse_prefill_attention"),
     narrowed=("sin", "cu_seqlens", "logit_scale"),
     sizes=(0, 2, 7, 31, 32, 33),  # of one key the gradient of q is 0: test_dual_chunk_attention_op.py
     kernel_arguments=lambda rows, dtype: _attention(rows, dtype, head_dim=64, rotated=64),
@@ -331,7 +331,7 @@ NO_OPERATIONS = {
     "paged_decode_attention": "without a gradient; test_dual_chunk_decode.py",
     **dict.fromkeys(("merge_attention", "log_length_temperature", "prescaled_keys"), "a few torch operations"),
     **dict.fromkeys(("HeadBudget", "Refinement", "SparseAttentionConfig", "SparseIndex"), "a type"),
-    "sparse_prefill_attention": "plain torch, without a gradient; test_sparse_attention.py",
+    "sparse_prefill_attention": "without a gradient; test_sparse_attention.py, test_sparse_interpreter.py",
     **dict.fromkeys(
         ("attention_recall", "estimate_index", "refined_budgets"), "plain torch; test_sparse_estimation.py"
     ),

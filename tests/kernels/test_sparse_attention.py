@@ -13,7 +13,7 @@ from dual_chunk_checks import rotated
 from megatron_qwen import ops
 from megatron_qwen.errors import ConfigError
 from megatron_qwen.kernels.dual_chunk_attention import layout
-from megatron_qwen.kernels.sparse_attention import attention
+from megatron_qwen.kernels.sparse_attention import attention, blocks
 from megatron_qwen.kernels.sparse_attention.index import intervals
 from megatron_qwen.testing.compare import assert_relative
 
@@ -31,6 +31,25 @@ def test_index_keeps_the_pairs_of_its_lists(seed: int) -> None:
         kept = torch.stack([index.kept(head, positions, positions) for head in range(len(lists))])
         assert torch.equal(kept, checks.mask(lists, length, length))
         assert index.nbytes == 4 * len(index.verticals) + 8 * len(index.slashes) + 16 * (len(lists) + 1)
+
+
+@pytest.mark.parametrize(("rows", "keys"), [(16, 16), (4, 8), (8, 4), (1, 1), (128, 64)])
+def test_blocks_hold_every_key_of_a_slash_once(rows: int, keys: int) -> None:
+    """Relative to any tile: keys at x are x + r away from its rows r."""
+    for seed, length in itertools.product(range(6), (1, 7, 40, 133)):
+        lists = checks.random_lists(length, seed)
+        found = blocks.tile_blocks(checks.index_of(lists, length), rows, keys)
+        assert found.starts.shape == (len(lists), 2, blocks.slots(length, rows, keys))
+        for of_head, counts, (_, distances) in zip(found.starts, found.counts, lists, strict=True):
+            whole, partial = (each[:count].tolist() for each, count in zip(of_head, counts, strict=True))
+            assert [whole, partial] == [sorted(whole), sorted(partial)]
+            needed = {distance - row for distance in distances for row in range(rows)}
+            covered = [x + key for x in whole + partial for key in range(keys)]
+            assert len(covered) == len(set(covered))
+            assert needed <= set(covered)
+            for x in whole + partial:
+                assert needed & set(range(x, x + keys))
+                assert (x in whole) == (set(range(x, x + keys + rows - 1)) <= distances)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -134,6 +153,19 @@ def test_keys_as_a_cache_holds_them_and_any_strides(chunks: ops.ChunkLayout | No
         output, of_rows = ops.sparse_prefill_attention(q, keys, v, index, keys_rotated=is_rotated, **given)
         assert_relative(output, expected, 2e-6)
         torch.testing.assert_close(of_rows, lse)
+
+
+def test_the_operation_is_registered_as_torch_wants_it() -> None:
+    rows, length = 9, 31
+    heads = checks.inputs(rows, length, torch.float32)
+    given = checks.options(LAYOUTS[0], rows, length, torch.float32)
+    index = checks.index_of(checks.random_lists(length, 3), length)
+    lists = index.verticals, index.vertical_bounds, index.slashes, index.slash_bounds
+    operation = torch.ops.megatron_qwen.sparse_prefill_attention.default
+    arguments = (*heads, *lists, *given["tables"], given["logit_scale"], [8, 3, 8], False, checks.SIZE**-0.5)
+    torch.library.opcheck(operation, arguments)
+    expected = ops.sparse_prefill_attention(*heads, index, **given)
+    assert all(torch.equal(a, b) for a, b in zip(operation(*arguments), expected, strict=True))
 
 
 def refused(words: str, index: ops.SparseIndex | None = None, **changed: Any) -> None:
