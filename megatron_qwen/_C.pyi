@@ -119,6 +119,76 @@ def rope(
     stream: int = 0,
 ) -> None: ...
 
+# Attention, see csrc/bindings/attention.h. Heads: address, strides of batch, rows and heads. The problem: sizes (batch, rows
+# of queries and of keys, heads of queries and of keys, head_dim); chunks (L, cap, inter, alike_from, plain); sequences
+# (addresses of boundaries, bytes of one, positions of the first query and key); tiles (address of the list, slots, first,
+# per chunk); tables (cos, sin, rows); scale; address of logit_scale.
+_Chunks = tuple[int, int, int, int, bool]
+_AttentionTables = tuple[int, int, int]
+_AttentionProblem = tuple[
+    tuple[int, int, int, int, int, int],
+    _Chunks,
+    tuple[int, int, int, int, int],
+    tuple[int, int, int, int],
+    _AttentionTables,
+    float,
+    int,
+]
+
+attention_tile_rows: int
+
+def attention_forward(
+    *, problem: _AttentionProblem, q: _Heads, k: _Heads, v: _Heads, out: int, lse: int, dtype: str, stream: int = 0
+) -> None: ...
+def attention_rotate(
+    *,
+    x: _Heads,
+    shape: tuple[int, int, int, int],
+    positions: int,
+    start: int,
+    tables: _AttentionTables,
+    chunks: _Chunks,
+    copies: int,
+    out: int,
+    dtype: str,
+    stream: int = 0,
+) -> None: ...
+def attention_row_terms(
+    *,
+    grad: _Heads,
+    output: _Heads,
+    shape: tuple[int, int, int, int],
+    lse: int,
+    exponents: int,
+    deltas: int,
+    dtype: str,
+    stream: int = 0,
+) -> None: ...
+def attention_keys_backward(
+    *,
+    problem: _AttentionProblem,
+    rows: tuple[_Heads, int, int],
+    k: _Heads,
+    v: _Heads,
+    grad: _Heads,
+    turns_back: bool,
+    dk: int,
+    dv: int,
+    dtype: str,
+    stream: int = 0,
+) -> None: ...
+def attention_queries_backward(
+    *,
+    problem: _AttentionProblem,
+    rows: tuple[_Heads, int, int],
+    k: _Heads,
+    v: _Heads,
+    grad: _Heads,
+    dq: int,
+    dtype: str,
+    stream: int = 0,
+) -> None: ...
+
 # Addresses of offsets and tokens; experts, routed rows, shared tokens, rows of x; sizes H, F and Fs.
 _Groups = tuple[int, int, int, int, int, int, int, int, int]
 

@@ -13,6 +13,8 @@ T* at(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+void register_attention_backward(pybind11::module_& module);
+void register_attention_forward(pybind11::module_& module);
 void register_build_info(pybind11::module_& module);
 void register_column_sum(pybind11::module_& module);
 void register_copy_bandwidth(pybind11::module_& module);

@@ -3,6 +3,8 @@
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Compiled part of megatron_qwen. Imports without a GPU.";
+  megatron_qwen::register_attention_backward(module);
+  megatron_qwen::register_attention_forward(module);
   megatron_qwen::register_build_info(module);
   megatron_qwen::register_column_sum(module);
   megatron_qwen::register_copy_bandwidth(module);

@@ -2,6 +2,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "megatron_qwen/attention.h"
+#include "megatron_qwen/attention_backward.h"
 #include "megatron_qwen/column_sum.h"
 #include "megatron_qwen/copy_bandwidth.h"
 #include "megatron_qwen/grouped_mlp.h"
@@ -27,6 +29,13 @@ template <typename Params>
 
 }  // namespace
 
+void attention_rotate(const AttentionRotateParams& params) { refuse("attention_rotate", params); }
+void attention_row_terms(const AttentionRowTermsParams& params) { refuse("attention_row_terms", params); }
+void attention_keys_backward(const AttentionKeysBackwardParams& params) { refuse("attention_keys_backward", params); }
+void attention_queries_backward(const AttentionQueriesBackwardParams& params) {
+  refuse("attention_queries_backward", params);
+}
+void attention_forward(const AttentionForwardParams& params) { refuse("attention_forward", params); }
 void column_sum(const ColumnSumParams& params) { refuse("column_sum", params); }
 void copy_bandwidth(const CopyBandwidthParams& params) { refuse("copy_bandwidth", params); }
 void rms_norm_forward(const RMSNormForwardParams& params) { refuse("rms_norm_forward", params); }

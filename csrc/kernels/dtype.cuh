@@ -37,4 +37,11 @@ void dispatch(DType dtype, Launch&& launch) {
   throw std::invalid_argument("dispatch: not a dtype: " + std::to_string(static_cast<int>(dtype)));
 }
 
+// The same where there are kernels for the 16-bit types only; check() refuses the others.
+template <typename Launch>
+void dispatch_16_bits(DType dtype, Launch&& launch) {
+  if (dtype == DType::kFloat16) return launch(TypeTag<__half>{});
+  launch(TypeTag<__nv_bfloat16>{});
+}
+
 }  // namespace megatron_qwen

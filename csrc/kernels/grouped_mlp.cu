@@ -13,20 +13,6 @@
 namespace megatron_qwen {
 namespace {
 
-void require_sm90(const char* op) {
-  const int major = compute_capability_major(op);
-  if (major == 9) return;
-  throw std::runtime_error(std::string(op) + ": its kernel is made for sm_90a, but the current device has compute " +
-                           "capability " + std::to_string(major) + ".x; use backend triton or reference");
-}
-
-// Calls launch with a tag of the 16-bit type.
-template <typename Launch>
-void dispatch_16_bits(DType dtype, Launch&& launch) {
-  if (dtype == DType::kFloat16) return launch(TypeTag<__half>{});
-  launch(TypeTag<__nv_bfloat16>{});
-}
-
 // One block per multiprocessor, as the stages fill its shared memory; fewer where there are fewer tiles.
 std::int64_t blocks_for(const char* op, std::int64_t most_tiles) {
   return std::min(most_tiles, std::int64_t{num_multiprocessors(op)});

@@ -1,5 +1,6 @@
 #include <sstream>
 #include <stdexcept>
+#include <string>
 
 #include "launch.cuh"
 
@@ -37,6 +38,13 @@ int compute_capability_major(const char* op) {
   check_cuda(op, "cannot read the compute capability",
              cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   return major;
+}
+
+void require_sm90(const char* op) {
+  const int major = compute_capability_major(op);
+  if (major == 9) return;
+  throw std::runtime_error(std::string(op) + ": its kernel is made for sm_90a, but the current device has compute " +
+                           "capability " + std::to_string(major) + ".x; use backend triton or reference");
 }
 
 }  // namespace megatron_qwen

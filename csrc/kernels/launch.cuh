@@ -24,6 +24,8 @@ void require_on_device(const char* op, const char* name, const void* pointer);
 int num_multiprocessors(const char* op);
 // 9 of sm_90.
 int compute_capability_major(const char* op);
+// Throws std::runtime_error unless the current device is one.
+void require_sm90(const char* op);
 
 // Thread blocks of `kernel` that the current device holds at once.
 template <typename Kernel>

@@ -57,8 +57,11 @@ CUtensorMap tensor_map(const char* op, const void* matrix, std::int64_t rows, st
 
 CUtensorMap head_map(const char* op, const AttentionHeads& heads, std::int64_t batch, std::int64_t rows,
                      std::int64_t count, std::int64_t head_dim, int box_rows, DType dtype) {
+  // TMA wants a stride where there is nothing to step over, too.
+  const auto step = [head_dim](std::int64_t stride, std::int64_t size) { return size == 1 ? head_dim : stride; };
   return encode_map<4>(op, heads.data, {head_dim, rows, count, batch},
-                       {heads.row_stride, heads.head_stride, heads.batch_stride}, box_rows, dtype);
+                       {step(heads.row_stride, rows), step(heads.head_stride, count), step(heads.batch_stride, batch)},
+                       box_rows, dtype);
 }
 
 }  // namespace megatron_qwen

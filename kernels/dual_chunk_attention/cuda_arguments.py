@@ -13,8 +13,10 @@ from .tile_lists import Tiles, stride_of, strides
 
 
 def heads_of(heads: torch.Tensor) -> tuple[int, int, int, int]:
-    """Return address and strides of heads as launches want them."""
-    return heads.data_ptr(), *strides(heads)
+    """Return address and strides of heads as launches want them: 0 where there is nothing to step over."""
+    steps = zip(strides(heads), (1, *heads.shape)[-4:-1], strict=True)
+    batch, row, head = (0 if size == 1 else stride for stride, size in steps)
+    return heads.data_ptr(), batch, row, head
 
 
 def shape_of(heads: torch.Tensor) -> tuple[int, int, int, int]:

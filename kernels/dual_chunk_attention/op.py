@@ -5,6 +5,7 @@ Shapes: B sequences, T tokens of packed ones, Sq, Sk tokens of q and k, Hq, Hkv 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,12 +13,12 @@ import torch
 
 from ..backends import backend_for, launches, register_operation
 from ..registration import register_differentiable
-from . import blockwise
+from . import blockwise, cuda_limits
 from .arguments import OP, check_backward, checked_request, unfit
 from .layout import ChunkLayout
 from .request import AttentionRequest
 
-register_operation(OP, "triton")
+register_operation(OP, "triton", "cuda")
 
 
 def _forward(
@@ -38,7 +39,7 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     tensors = cos, sin, cu_seqlens_q, cu_seqlens_k, logit_scale
     request = _request(tensors, chunks, keys_rotated, query_start, key_start, scale, deterministic)
-    backend = backend_for(OP, q, unfit(q, cos, scale, k, v))
+    backend = backend_for(OP, q, unfit(q, cos, scale, k, v), lambda: cuda_limits.unfit(cos, q=q, k=k, v=v))
     if backend != "reference":
         return launches(OP, backend).launch_forward(q, k, v, request)  # type: ignore[no-any-return]
     return blockwise.forward(q, k, v, request)
@@ -73,7 +74,8 @@ def _backward(
     request = _request(tensors, chunks, keys_rotated, query_start, key_start, scale, deterministic)
     if grad.shape[-1] > 1 and grad.stride(-1) != 1:
         grad = grad.contiguous()  # expanded by autograd: the gradient of a sum
-    backend = backend_for(OP, q, unfit(q, cos, scale, k, v, grad, output))
+    unfit_for_cuda = functools.partial(cuda_limits.unfit, cos, q=q, k=k, v=v, grad=grad, output=output)
+    backend = backend_for(OP, q, unfit(q, cos, scale, k, v, grad, output), unfit_for_cuda)
     if backend != "reference":
         return launches(OP, backend).launch_backward(grad, q, k, v, output, lse, request)  # type: ignore[no-any-return]
     return blockwise.backward(grad, q, k, v, output, lse, request)

@@ -102,10 +102,13 @@ _DATA_PTR = torch.Tensor.data_ptr
 def emulated_cuda(module: ModuleType) -> Iterator[Emulation]:
     """Let backend "cuda" take CPU tensors, on the emulated kernels."""
     emulation = Emulation(module)
-    launches = [backends.launches(op, "cuda") for op, kernels in backends.OPERATIONS.items() if "cuda" in kernels]
+    for op in (op for op, kernels in backends.OPERATIONS.items() if "cuda" in kernels):
+        backends.launches(op, "cuda")
+    # A launch may be spread over several modules, and that of rope is in qkv_rope.
+    launches = [each for name, each in sys.modules.items() if name.startswith("megatron_qwen.kernels.")]
     backends._choose.cache_clear()
     with contextlib.ExitStack() as patches:
-        for each in (each for each in launches if hasattr(each, "_C")):  # that of rope is in qkv_rope
+        for each in (each for each in launches if hasattr(each, "_C")):
             patches.enter_context(mock.patch.object(each, "_C", emulation.module))
         patches.enter_context(mock.patch.object(backends, "_cuda_obstacle", return_value=""))
         patches.enter_context(mock.patch.object(torch.Tensor, "data_ptr", lambda tensor: emulation.allow(tensor)))

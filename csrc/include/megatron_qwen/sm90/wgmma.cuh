@@ -26,11 +26,17 @@ __device__ __forceinline__ void wait_for_multiplications() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Keeps the compiler from moving accumulators across this point.
+// Keeps the compiler from moving accumulators, or operands in registers, across this point.
 template <int kCount>
 __device__ __forceinline__ void pin(float (&d)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+template <int kCount>
+__device__ __forceinline__ void pin(std::uint32_t (&a)[kCount][4]) {
+#pragma unroll
+  for (int i = 0; i < 4 * kCount; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
 }
 
 // Accumulators as PTX numbers them, and as operands.

@@ -20,6 +20,8 @@ void wait_for_multiplications() {
 }
 template <int kCount>
 void pin(float (&)[kCount]) {}
+template <int kCount>
+void pin(std::uint32_t (&)[kCount][4]) {}
 
 template <typename T, bool kTransposedA, bool kTransposedB, int kCount>
 void multiply(float (&d)[kCount], std::uint64_t a, std::uint64_t b, bool adds) {
