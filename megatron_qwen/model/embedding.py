@@ -28,7 +28,12 @@ class AccumulatingEmbedding(tensor_parallel.VocabParallelEmbedding):  # type: ig
 
     @staticmethod
     def adopt(embedding: tensor_parallel.VocabParallelEmbedding, *, is_tied: bool) -> None:
-        """Let `embedding` accumulate in place: `GPTModel` names the class of its embedding itself, not by a spec."""
+        """Let `embedding` accumulate in place.
+
+        `GPTModel` and its `LanguageModelEmbedding` name this class themselves: there is no spec for it, and a module
+        built beside theirs would hold the vocabulary twice and draw other random weights. A class that adds methods
+        only can take the place of its base, as in torch.nn.utils.parametrize.
+        """
         if type(embedding) is tensor_parallel.VocabParallelEmbedding:
             embedding.__class__ = AccumulatingEmbedding
             embedding.is_tied = is_tied

@@ -32,7 +32,7 @@ class FusedLayoutAdam(torch.optim.Optimizer):
 
     Attributes:
         gradient_divisor: the next step divides every gradient by this first (and in `p.grad` too), in the same pass
-            over memory; then it is 1 again. Not part of the state.
+            over memory; then it is 1 again, also if the step raised. Not part of the state.
 
     Raises:
         ConfigError: an argument that is not supported.
@@ -66,10 +66,12 @@ class FusedLayoutAdam(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
         loss = closure() if closure is not None else None
-        for group in self.param_groups:
-            group["step"] = int(group.get("step", 0)) + 1
-            self._update(group, [p for p in group["params"] if p.grad is not None])
-        self.gradient_divisor = 1.0
+        try:
+            for group in self.param_groups:
+                group["step"] = int(group.get("step", 0)) + 1
+                self._update(group, [p for p in group["params"] if p.grad is not None])
+        finally:
+            self.gradient_divisor = 1.0
         return loss
 
     def _update(self, group: dict[str, Any], params: list[torch.Tensor]) -> None:

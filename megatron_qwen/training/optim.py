@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_qwen import compat
+from megatron_qwen.parallel.adam import FusedLayoutAdam
 from megatron_qwen.training.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -130,20 +131,24 @@ def apply_update(optimizer: MegatronOptimizer, grad_norm: float, *, num_tokens: 
         num_tokens: unmasked tokens of the global batch, over which the gradients are sums.
     """
     assert math.isfinite(grad_norm), grad_norm
-    for part in _parts(optimizer):
-        if not getattr(part, "is_stub_optimizer", False):
+    parts = [part for part in _parts(optimizer) if not getattr(part, "is_stub_optimizer", False)]
+    try:
+        for part in parts:
             # As Megatron-Core's clip_grad_by_total_norm_fp32 clips.
             limit = part.config.clip_grad
             clipping = min(1.0, limit / (grad_norm + 1e-6)) if limit > 0 else 1.0
             divide_gradients(part, num_tokens / clipping)
-    optimizer.step_with_ready_grads()
+        optimizer.step_with_ready_grads()
+    finally:
+        # If one part's step raised, others must not divide by these tokens whenever they step next.
+        for part in parts:
+            if isinstance(part.optimizer, FusedLayoutAdam):
+                part.optimizer.gradient_divisor = 1.0
 
 
 def divide_gradients(part: MegatronOptimizer, divisor: float) -> None:
     """Divide the gradients of the master weights, within the update where the optimizer can do that."""
     from megatron.core.optimizer import clip_grads
-
-    from megatron_qwen.parallel.adam import FusedLayoutAdam
 
     if isinstance(part.optimizer, FusedLayoutAdam):
         part.optimizer.gradient_divisor = divisor

@@ -11,7 +11,8 @@ from typing import Any
 from megatron_qwen import compat
 from megatron_qwen.errors import ConfigError
 from megatron_qwen.model.config import QwenConfig
-from megatron_qwen.training.recipe import PerformanceRecipe, Recipe
+from megatron_qwen.training.recipe import Recipe
+from megatron_qwen.training.recipe_execution import PerformanceRecipe
 
 
 def overlaps_p2p(recipe: Recipe) -> bool:

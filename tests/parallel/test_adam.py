@@ -54,3 +54,14 @@ def test_state_has_the_layout_of_the_fused_optimizers_and_resumes() -> None:
 def test_says_what_only_transformer_engine_can(option: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(option))):
         FusedLayoutAdam([torch.ones(1)], **option)  # type: ignore[arg-type]
+
+
+def test_a_step_that_raises_leaves_no_divisor_behind() -> None:
+    params = [torch.ones(4)]
+    optimizer = FusedLayoutAdam(params, lr=0.1)
+    params[0].grad = torch.ones(4)
+    optimizer.gradient_divisor = 8.0
+    optimizer.param_groups[0]["betas"] = None
+    with pytest.raises(TypeError):
+        optimizer.step()
+    assert optimizer.gradient_divisor == 1.0

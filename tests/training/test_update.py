@@ -5,6 +5,8 @@ Also: what this saves is really not done.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import update_ranks
@@ -93,3 +95,19 @@ def test_backward_of_the_embedding_touches_only_the_rows_it_read(name: str) -> N
     assert not any("embedding_dense_backward" in each for each in seen.names)
     # One GEMM of the output layer, and the rows of the embedding.
     assert sorted(set(seen.whole)) == ["aten.addmm_.default", "aten.index_add_.default"], seen.whole
+
+
+def test_a_part_whose_step_raises_leaves_no_divisor_in_the_others() -> None:
+    from megatron_qwen.parallel.adam import FusedLayoutAdam
+    from megatron_qwen.training.optim import apply_update
+
+    class Failing(FusedLayoutAdam):
+        def step(self, closure=None):  # type: ignore[no-untyped-def]
+            raise RuntimeError(f"divided by {self.gradient_divisor:g}")
+
+    adams = Failing([torch.ones(2)]), FusedLayoutAdam([torch.ones(2)])
+    parts = [SimpleNamespace(optimizer=each, config=SimpleNamespace(clip_grad=0.5)) for each in adams]
+    chained = SimpleNamespace(chained_optimizers=parts, step_with_ready_grads=lambda: [each.step() for each in adams])
+    with pytest.raises(RuntimeError, match="divided by 16"):
+        apply_update(chained, 1.0 - 1e-6, num_tokens=8.0)
+    assert [each.gradient_divisor for each in adams] == [1.0, 1.0]
