@@ -15,10 +15,12 @@ from tiny_folder import MODELS, PROMPTS, enter, write_folder
 from megatron_qwen import ops
 from megatron_qwen.conversion.loading import load_model
 from megatron_qwen.errors import ConfigError
+from megatron_qwen.evaluation.sparse_calibration import HeadCalibration, calibrate, uniform_budgets
 from megatron_qwen.inference.completion import Completion
 from megatron_qwen.inference.engine import Engine
 from megatron_qwen.inference.long_context import LongContext
 from megatron_qwen.inference.sampling import SamplingParams
+from megatron_qwen.inference.sparse_prefill import SparsePrefill
 from megatron_qwen.model.config import DualChunkAttention, QwenConfig, YarnScaling
 from megatron_qwen.model.dual_chunk import dual_chunk_of
 from megatron_qwen.model.rope import inverse_frequencies, model_tables
@@ -176,25 +178,49 @@ def test_an_engine_serves_call_after_call_and_streams(folders: dict[str, Path]) 
 LAYOUTS = [ParallelLayout(tp=2), ParallelLayout(pp=2), ParallelLayout(pp=2, vpp=2)]
 
 
-def on_rank(folders: dict[str, Path]) -> list[tuple[list[list[int]], torch.Tensor]]:
+# Other budgets for every layer and head: a rank that took another's would keep other pairs.
+BUDGETS = ops.SparseAttentionConfig(
+    tuple(tuple(ops.HeadBudget(31 + 9 * head, 50 + 7 * layer) for head in range(4)) for layer in range(4))
+)
+
+
+def sparse_answers(engine: Engine, text: list[int]) -> tuple[torch.Tensor, list[HeadCalibration]]:
+    prefill = SparsePrefill(budgets=BUDGETS, threshold=100, last_rows=8)
+    losses = engine.attending(dataclasses.replace(engine.context, sparse=prefill)).token_losses(text)
+    refinement = ops.Refinement(0.9, vertical_step=20, slash_step=20)
+    return losses, calibrate(
+        engine, [text[:120]], uniform_budgets(4, 4, verticals=31, slashes=50), refinement, last_rows=8
+    )
+
+
+def on_rank(folders: dict[str, Path]) -> list[Any]:
     torch.set_num_threads(1)
     answers = []
     for layout in LAYOUTS:
         engine = load(folders["untied"], layout, prefill_chunk_size=40, cache_tokens=200)
         text = engine.tokenizer.encode(" ".join(TEXTS))[:150]
-        answers.append((tokens(engine.generate(TEXTS, GREEDY)), engine.token_losses(text)))
+        answers.append(
+            (tokens(engine.generate(TEXTS, GREEDY)), engine.token_losses(text), sparse_answers(engine, text))
+        )
     return answers
 
 
 @pytest.mark.multirank
 def test_every_layout_has_the_tokens_and_losses_of_one_rank(folders: dict[str, Path]) -> None:
-    engine = load(folders["untied"])
+    engine = load(folders["untied"], prefill_chunk_size=40)
     expected = tokens(engine.generate(TEXTS, GREEDY))
-    losses = engine.token_losses(engine.tokenizer.encode(" ".join(TEXTS))[:150])
+    text = engine.tokenizer.encode(" ".join(TEXTS))[:150]
+    losses = engine.token_losses(text)
+    sparse_losses, heads = sparse_answers(engine, text)
+    assert not is_close(sparse_losses, losses)
     for answers in run_ranks(on_rank, 2, folders):
-        for layout, (found, found_losses) in zip(LAYOUTS, answers, strict=True):
+        for layout, (found, found_losses, (found_sparse, found_heads)) in zip(LAYOUTS, answers, strict=True):
             assert found == expected, layout
             assert is_close(found_losses, losses), layout
+            assert is_close(found_sparse, sparse_losses), layout
+            for one, other in zip(found_heads, heads, strict=True):
+                assert dataclasses.astuple(one)[:4] == dataclasses.astuple(other)[:4], layout
+                assert dataclasses.astuple(one)[4:] == pytest.approx(dataclasses.astuple(other)[4:], abs=1e-3), layout
 
 
 def test_where_dual_chunk_attention_comes_from() -> None:
