@@ -7,7 +7,7 @@ import torch
 # 16 bytes of a 16-bit dtype: what a thread moves at once, and what TMA wants strides to be a multiple of.
 STRIDE_STEP = 8
 ALIGNMENT = 16
-# Positions, and rows as coordinates of TMA, are 32-bit numbers; kLongestSequence of csrc/include/megatron_qwen/attention.h.
+# kLongestSequence of csrc/include/megatron_qwen/attention.h: positions, and rows for TMA, are 32-bit numbers.
 MOST_ROWS = 2**29
 
 
