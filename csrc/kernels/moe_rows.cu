@@ -119,13 +119,6 @@ std::int64_t blocks_for(const char* op, std::int64_t threads) {
   return std::min(ceil_divide(threads, kThreads), std::int64_t{num_multiprocessors(op)} * kBlocksPerMultiprocessor);
 }
 
-// check() refuses fp32.
-template <typename Launch>
-void dispatch_16_bits(DType dtype, Launch&& launch) {
-  if (dtype == DType::kFloat16) return launch(TypeTag<__half>{});
-  launch(TypeTag<__nv_bfloat16>{});
-}
-
 }  // namespace
 
 void moe_row_map(const MoeRowMapParams& params) {
