@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 from tiny_folder import PROMPTS, write_folder
 
+from megatron_qwen import ops
 from megatron_qwen.conversion import import_hf
 from megatron_qwen.data.tokenizer import QwenTokenizer
 from megatron_qwen.inference.engine import Engine
 from megatron_qwen.inference.sampling import SamplingParams
+from megatron_qwen.inference.sparse_prefill import SparseRequest
 from megatron_qwen.parallel import groups
 from megatron_qwen.parallel.layout import ParallelLayout
 
@@ -62,17 +64,24 @@ def test_a_prompt_beyond_the_positions_needs_chunks_and_says_so(folder: Path, tm
     refused = run(*options)
     assert refused.returncode == 2
     assert "--dca-chunk-size 192 --dca-local-size 12" in refused.stderr
-    result = run(*options, "--dca-chunk-size", "192", "--dca-local-size", "12", "--prefill-chunk-size", "33",
-                 "--cache-tokens", "1020")  # fmt: skip
+    budgets = tmp_path / "budgets.json"
+    ops.SparseAttentionConfig(((ops.HeadBudget(31, 50),) * 4,) * 4).write(budgets)
+    result = run(*options, "--dca-chunk-size", "192", "--dca-local-size", "12", "--prefill-chunk-size", "133",
+                 "--cache-tokens", "1020", "--sparse-attention-config", str(budgets),
+                 "--sparse-attention-threshold", "300")  # fmt: skip
     assert result.returncode == 0, result.stderr
     answer = json.loads(result.stdout)
     assert answer["dual_chunk_attention"] == {"chunk_size": 192, "local_size": 12, "original_length": 256}
+    assert answer["sparse_prefill"] == {"threshold": 300, "last_q": 64}
     (completion,) = answer["completions"]
-    assert completion["prompt_tokens"] > 256
-    engine = Engine.load(folder, chunk_size=192, local_size=12)
+    assert completion["prompt_tokens"] > 300
+    sparse = SparseRequest(config_file=budgets, threshold=300)
+    engine = Engine.load(folder, chunk_size=192, local_size=12, prefill_chunk_size=133, sparse=sparse)
     used = {name: answer["sampling"][name]["value"] for name in ("repetition_penalty", "stop_token_ids")}
     params = SamplingParams(greedy=True, max_new_tokens=5, **used)
-    assert list(engine.generate([prompt.read_text()], params)[0].token_ids) == completion["token_ids"]
+    (expected,) = engine.generate([prompt.read_text()], params)
+    assert list(expected.token_ids) == completion["token_ids"]
+    assert expected.logprobs == pytest.approx(completion["logprobs"], abs=1e-4)
     groups.shutdown()
 
 
