@@ -1,8 +1,7 @@
-"""Ranks that may die: forked from a warm server in some 50 ms, where `run_ranks` takes seconds to import."""
+"""Ranks that may die, each in its own way: `run_ranks` raises where one fails, `run_forked` says how each ended."""
 
 from __future__ import annotations
 
-import multiprocessing
 import pickle
 import tempfile
 import time
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_qwen.testing.ranks import _run_rank
+from megatron_qwen.testing.ranks import processes_of_ranks, warm_server
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,7 @@ def run_forked(
 ) -> list[Outcome]:
     """Call `function(*args)` on `nproc` ranks and return how each ended, by rank.
 
-    The ranks find torchrun's environment set, and Megatron imported on the CPU platform. They inherit the environment
-    of this process as it was at the first call.
+    The ranks find this process's environment and torchrun's, and Megatron imported on the CPU platform.
 
     Args:
         function: importable by name (top level of a module); arguments and result must pickle.
@@ -44,13 +42,8 @@ def run_forked(
         timeout: seconds until ranks that still run are killed.
         until: kill the others when this rank has ended, for tests in which one of them is stuck.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megatron_qwen.testing.warm"])
     with tempfile.TemporaryDirectory(prefix="forked-") as folder:
-        ranks = [
-            context.Process(target=_run_rank, args=(function, args, rank, nproc, folder), name=f"rank {rank}")
-            for rank in range(nproc)
-        ]
+        ranks = processes_of_ranks(warm_server(), function, args, nproc, folder)
         for process in ranks:
             process.start()
         deadline = time.monotonic() + timeout

@@ -16,16 +16,20 @@ from typing import Any
 from megatron_qwen.errors import RankFailure
 
 
-def run_ranks(function: Callable[..., Any], nproc: int, *args: Any, timeout: float = 120) -> list[Any]:
-    """Call `function(*args)` in `nproc` fresh processes with torchrun's environment set.
+def run_ranks(
+    function: Callable[..., Any], nproc: int, *args: Any, timeout: float = 120, fresh: bool = False
+) -> list[Any]:
+    """Call `function(*args)` in `nproc` processes of their own, in this one's environment and torchrun's.
 
-    The ranks meet through a TCP store on a port the system picked; rank 0 serves it.
+    The ranks meet through a TCP store on a port the system picked; rank 0 serves it. Without CUDA they have imported
+    Megatron already, on the CPU platform: see `warm_server`.
 
     Args:
         function: importable by name (top level of a module); arguments and result must pickle.
         nproc: number of ranks.
         args: given to every rank.
         timeout: seconds until every rank is killed.
+        fresh: start ranks that have imported nothing, for what must happen before Megatron is imported.
 
     Returns:
         What each rank returned, by rank.
@@ -34,12 +38,10 @@ def run_ranks(function: Callable[..., Any], nproc: int, *args: Any, timeout: flo
         RankFailure: a rank died, or the time ran out.
         Exception: the one a rank raised first, with that rank's traceback as its cause.
     """
-    context = multiprocessing.get_context("spawn")
+    # The driver of CUDA does not survive a fork.
+    context = multiprocessing.get_context("spawn") if fresh or _has_cuda() else warm_server()
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-        ranks = [
-            context.Process(target=_run_rank, args=(function, args, rank, nproc, folder), name=f"rank {rank}")
-            for rank in range(nproc)
-        ]
+        ranks = processes_of_ranks(context, function, args, nproc, folder)
         try:
             for process in ranks:
                 process.start()
@@ -51,6 +53,34 @@ def run_ranks(function: Callable[..., Any], nproc: int, *args: Any, timeout: flo
                     process.kill()
                 process.join()
                 process.close()
+
+
+def warm_server() -> Any:
+    """Return the multiprocessing context whose processes are forked from a server that has imported Megatron.
+
+    Importing it costs every process about 4 s of processor time, or 6 with what the first optimizer imports; a fork
+    takes some 50 ms. The server lives as long as this process.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["megatron_qwen.testing.warm"])
+    return context
+
+
+def processes_of_ranks(
+    context: Any, function: Callable[..., Any], args: tuple[Any, ...], nproc: int, folder: str
+) -> list[Any]:
+    """Return processes, not yet started, that leave a result or an error of each rank in `folder`."""
+    environment = dict(os.environ)
+    return [
+        context.Process(target=_run_rank, args=(function, args, rank, nproc, folder, environment), name=f"rank {rank}")
+        for rank in range(nproc)
+    ]
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _wait(ranks: list[Any], folder: Path, deadline: float, timeout: float) -> None:
@@ -70,7 +100,11 @@ def _wait(ranks: list[Any], folder: Path, deadline: float, timeout: float) -> No
         time.sleep(0.02)
 
 
-def _run_rank(function: Callable[..., Any], args: tuple[Any, ...], rank: int, nproc: int, folder: str) -> None:
+def _run_rank(
+    function: Callable[..., Any], args: tuple[Any, ...], rank: int, nproc: int, folder: str, environment: dict[str, str]
+) -> None:
+    os.environ.clear()  # of the server's, which started with another
+    os.environ.update(environment)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(nproc), LOCAL_WORLD_SIZE=str(nproc))
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     os.environ["MEGATRON_QWEN_LAUNCHER"] = str(os.getppid())  # groups.initialize() ends a rank whose parent is gone

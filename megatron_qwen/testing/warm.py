@@ -1,4 +1,4 @@
-"""Imported once by the server that `forked.py` forks ranks from, so that no rank pays for these imports."""
+"""Imported once by the server that ranks are forked from, so that no rank pays for these imports."""
 
 from __future__ import annotations
 

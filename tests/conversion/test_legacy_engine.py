@@ -61,7 +61,7 @@ def outcome(tmp_path_factory):
     root = tmp_path_factory.mktemp("engine")
     for name, (config, layout) in CASES.items():
         write_both(root / name, config, layout, transformer_impl="transformer_engine")
-    return root, run_ranks(load_into_stock_models, 2, root, timeout=300)
+    return root, run_ranks(load_into_stock_models, 2, root, timeout=300, fresh=True)
 
 
 @pytest.mark.multirank

@@ -175,19 +175,18 @@ def test_transformers_in_the_same_process_loads_and_computes_the_same(tmp_path: 
             install_cpu_platform()
             import megatron.core.models.gpt
         from transformers import Qwen2Config, Qwen2ForCausalLM
-        if sys.argv[1] == "make":
+        if sys.argv[1] == "clean":
             torch.manual_seed(0)
             model = Qwen2ForCausalLM(Qwen2Config(vocab_size=96, hidden_size=32, intermediate_size=56,
                 num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False))
             for p in model.parameters():
                 torch.nn.init.normal_(p, std=0.3)
             model.save_pretrained("hf")
-        else:
-            for dtype in (torch.float32, torch.bfloat16):
-                model = Qwen2ForCausalLM.from_pretrained("hf", dtype=dtype)
-                torch.save(model(torch.arange(40)[None] % 96).logits, f"{sys.argv[1]}-{dtype}.pt")
+        for dtype in (torch.float32, torch.bfloat16):
+            model = Qwen2ForCausalLM.from_pretrained("hf", dtype=dtype)
+            torch.save(model(torch.arange(40)[None] % 96).logits, f"{sys.argv[1]}-{dtype}.pt")
     """
-    for role in ("make", "clean", "installed"):
+    for role in ("clean", "installed"):
         python(code, role, cwd=tmp_path)
     for dtype in (torch.float32, torch.bfloat16):
         clean, installed = (torch.load(tmp_path / f"{role}-{dtype}.pt") for role in ("clean", "installed"))
