@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from model_ranks import part_of, whole
 
+from megatron_qwen.model import ring_attention
 from megatron_qwen.model.config import QwenConfig
 from megatron_qwen.parallel.layout import ParallelLayout
 
@@ -159,11 +160,24 @@ def heads(*, chunks: tuple[int, int] | None, is_packed: bool, dtype: torch.dtype
     return Heads(q=q, k=k, v=v, grad=grad, chunks=chunks, tables=tables, logit_scale=logit_scale)
 
 
+HOP = ring_attention._Hop
+LATE = "p2p, late"
+
+
+class LateHop:
+    """A hop that takes place while it is waited for, as it may over NCCL: what is on its way must not change."""
+
+    def __init__(self, tensor: torch.Tensor, group: Any) -> None:
+        self._of = tensor, group
+
+    def arrived(self) -> torch.Tensor:
+        return HOP(*self._of).arrived()
+
+
 def attention_of_rank(each: Heads, kind: str, group: Any) -> tuple[torch.Tensor, ...]:
     """Return this rank's part of output, dq, dk and dv."""
     from megatron_qwen import ops
     from megatron_qwen.model.gathered_attention import CausalAttention, attend_gathered, attend_packed, plan_packed
-    from megatron_qwen.model.ring_attention import attend_ring
     from megatron_qwen.parallel.context import packed_lengths
 
     where = {"cp_rank": group.rank(), "cp_size": group.size()}
@@ -177,9 +191,10 @@ def attention_of_rank(each: Heads, kind: str, group: Any) -> tuple[torch.Tensor,
     chunks = None if each.chunks is None else ops.ChunkLayout.released(*each.chunks)
     attention = CausalAttention(chunks=chunks, tables=each.tables)
     logit_scale = None if each.logit_scale is None else each.logit_scale[rows]
-    if kind == "p2p":
+    if kind.startswith("p2p"):
+        ring_attention._Hop = LateHop if kind == LATE else HOP
         packed = packed_lengths(BOUNDS, size=group.size()) if is_packed else None
-        output = attend_ring(*qkv, attention, group, lengths=packed, logit_scale=logit_scale)
+        output = ring_attention.attend_ring(*qkv, attention, group, lengths=packed, logit_scale=logit_scale)
     elif is_packed:
         plan = plan_packed(bounds, rank=group.rank(), size=group.size())
         output = attend_packed(*qkv, plan, attention, group, logit_scale=logit_scale)

@@ -83,6 +83,7 @@ JOBS = [
 ]
 # Without a factor for each row, in which neighbours of one length would differ.
 JOBS.append((replace(JOBS[-2][0], logit_scale=None), "p2p"))
+JOBS.append((JOBS[0][0], context_ranks.LATE))
 JOBS += [(heads(chunks=CHUNKS, is_packed=False, dtype=torch.bfloat16), kind) for kind in KINDS]
 SIZES = (2, 4)
 
