@@ -40,12 +40,12 @@ def train(
     model: Annotated[
         str, typer.Option(help="tiny, tiny-moe, small, small-moe, a preset (7B will do), or a Hugging Face folder.")
     ] = "small",
-    layers: Annotated[int | None, typer.Option(help="Keep this many layers. [default: all]")] = None,
-    vocab_size: Annotated[int | None, typer.Option(help="Another vocabulary. [default: the model's]")] = None,
+    layers: Annotated[int | None, typer.Option(help="Keep this many layers. (default: all)")] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="Another vocabulary. (default: the model's)")] = None,
     seq_length: Annotated[int, typer.Option(help="Tokens per sample.")] = 512,
     micro_batch_size: Annotated[int, typer.Option(help="Samples per step.")] = 1,
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
-    threads: Annotated[int | None, typer.Option(help="Threads of each contestant. [default: all cores]")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of each contestant. (default: all cores)")] = None,
     vs: Annotated[
         list[str] | None,
         typer.Option(help="transformers, transformers-bf16, megatron_qwen-logits, -fused; may be repeated."),
@@ -116,13 +116,13 @@ def moe(
     topk: Annotated[int, typer.Option(help="Experts of each token.")] = 4,
     hidden: Annotated[int, typer.Option(help="Hidden size.")] = 512,
     ffn: Annotated[int, typer.Option(help="Width of a routed expert.")] = 352,
-    shared_ffn: Annotated[int | None, typer.Option(help="Width of the shared expert. [default: topk x ffn]")] = None,
+    shared_ffn: Annotated[int | None, typer.Option(help="Width of the shared expert. (default: topk x ffn)")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens.")] = 2048,
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
-    threads: Annotated[int | None, typer.Option(help="Threads of each contestant. [default: all cores]")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of each contestant. (default: all cores)")] = None,
     vs: Annotated[
         list[str] | None,
-        typer.Option(help="megatron-core, transformers, transformers-loop; may be repeated. [default: all]"),
+        typer.Option(help="megatron-core, transformers, transformers-loop; may be repeated. (default: all)"),
     ] = None,
     steps: Annotated[int, typer.Option(help="Measured steps of each contestant.")] = 10,
     warmup: Annotated[int, typer.Option(help="Steps of each contestant before measuring.")] = 2,
@@ -169,9 +169,9 @@ def convert(
     model: Annotated[
         str | None, typer.Option(help="Generate a folder of this shape: tiny, small, ... or a preset.")
     ] = None,
-    layers: Annotated[int | None, typer.Option(help="Layers of the generated model. [default: all]")] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers of the generated model. (default: all)")] = None,
     rounds: Annotated[int, typer.Option(help="Conversions by each contestant.")] = 3,
-    threads: Annotated[int | None, typer.Option(help="Writer threads of ours. [default: as convert's]")] = None,
+    threads: Annotated[int | None, typer.Option(help="Writer threads of ours. (default: as convert's)")] = None,
     legacy: Annotated[bool, typer.Option("--legacy", help="Per-rank files at TP 2 x PP 2, too.")] = False,
     large: Annotated[
         bool, typer.Option("--large", help="A generated checkpoint of the 3B shape, too: 19 GB of disk.")
@@ -180,9 +180,9 @@ def convert(
         str, typer.Option(help="Shape of the sparse checkpoint that is planned with --dry-run.")
     ] = "qwen2.5-14b",
     only: Annotated[
-        list[str] | None, typer.Option(help="A line of the table; may be given again. [default: all]")
+        list[str] | None, typer.Option(help="A line of the table; may be given again. (default: all)")
     ] = None,
-    scratch: Annotated[Path | None, typer.Option(help="Where to convert. [default: for temporary files]")] = None,
+    scratch: Annotated[Path | None, typer.Option(help="Where to convert. (default: for temporary files)")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for convert.json, convert.csv (appended) and convert.png.")
     ] = None,

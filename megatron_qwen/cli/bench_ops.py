@@ -31,22 +31,22 @@ _SEVERAL = "Several with commas."
 
 def ops(
     family: Annotated[
-        str, typer.Option(help=f"rope, norm, swiglu, loss, moe, experts, attention. {_SEVERAL} [default: all]")
+        str, typer.Option(help=f"rope, norm, swiglu, loss, moe, experts, attention. {_SEVERAL} (default: all)")
     ] = "",
-    op: Annotated[str, typer.Option(help=f"As in --list. {_SEVERAL} [default: all]")] = "",
+    op: Annotated[str, typer.Option(help=f"As in --list. {_SEVERAL} (default: all)")] = "",
     model: Annotated[
-        str, typer.Option(help=f"0.5b, 7b, 72b, a2.7b, 57b, any preset. {_SEVERAL} [default: by op]")
+        str, typer.Option(help=f"0.5b, 7b, 72b, a2.7b, 57b, any preset. {_SEVERAL} (default: by op)")
     ] = "",
-    seq_length: Annotated[str, typer.Option(help=f"Tokens. {_SEVERAL} [default: by op and device]")] = "",
-    dtype: Annotated[str, typer.Option(help=f"bf16, fp16, fp32. {_SEVERAL} [default: bf16 on CUDA, else fp32]")] = "",
+    seq_length: Annotated[str, typer.Option(help=f"Tokens. {_SEVERAL} (default: by op and device)")] = "",
+    dtype: Annotated[str, typer.Option(help=f"bf16, fp16, fp32. {_SEVERAL} (default: bf16 on CUDA, else fp32)")] = "",
     backend: Annotated[
-        str, typer.Option(help=f"cuda, triton, reference. {_SEVERAL} [default: the kernels on CUDA, else reference]")
+        str, typer.Option(help=f"cuda, triton, reference. {_SEVERAL} (default: the kernels on CUDA, else reference)")
     ] = "",
     vs: Annotated[
         str,
         typer.Option(
             help="torch, compile, aten, grouped_mm, liger, te; of attention cudnn, flash, fa3, three_call, "
-            f"three_call_fa3, per_head; or none. {_SEVERAL} [default: all]"
+            f"three_call_fa3, per_head; or none. {_SEVERAL} (default: all)"
         ),
     ] = "",
     check: Annotated[bool, typer.Option("--check", help="Ours at odd sizes in every dtype, too.")] = False,
@@ -59,10 +59,10 @@ def ops(
     results: Annotated[Path | None, typer.Option(help="Take this ops.json for the run: nothing is measured.")] = None,
     rounds: Annotated[
         int | None,
-        typer.Option(help="Measured rounds; 0 for --check and --sanitize alone. [default: 50 on CUDA, 10 on a CPU]"),
+        typer.Option(help="Measured rounds; 0 for --check and --sanitize alone. (default: 50 on CUDA, 10 on a CPU)"),
     ] = None,
     time_limit: Annotated[float, typer.Option(help="Seconds after which no other shape is begun; 0 for none.")] = 0.0,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. [default: cuda where there is one]")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. (default: cuda where there is one)")] = None,
     interpreter: Annotated[
         bool, typer.Option("--interpreter", help="Triton kernels on a CPU, line by line: checks only.")
     ] = False,
@@ -88,8 +88,7 @@ def ops(
         check = check or interpreter
         if rounds == 0 and not (check or sanitize):
             raise ConfigError("--rounds 0 measures nothing; add --check or --sanitize")
-        limits = {"sanitize_limit": sanitize_limit, "time_limit": time_limit}
-        bench = replace(bench, check=check, sanitize=sanitize, **limits)
+        bench = replace(bench, check=check, sanitize=sanitize, sanitize_limit=sanitize_limit, time_limit=time_limit)
         if backend:
             bench.require_ours()
         report = _run(bench, out)

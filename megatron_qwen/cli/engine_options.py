@@ -26,7 +26,7 @@ CacheOption = Annotated[
     int | None,
     typer.Option(
         "--cache-tokens",
-        help="Tokens the key-value cache holds; prompts that do not fit wait. [default: all prompts]",
+        help="Tokens the key-value cache holds; prompts that do not fit wait. (default: all prompts)",
     ),
 ]
 
@@ -42,15 +42,15 @@ class EngineOptions:
     dca_chunk_size: Annotated[
         int | None,
         typer.Option(
-            help="Dual chunk attention: tokens of a chunk with its window, at most the trained length. "
-            "[default: config.json's, or off]",
+            help="Dual chunk attention: tokens of a chunk with its window, at most the trained length; 0 for "
+            "plain attention. (default: config.json's, or off)",
         ),
     ] = None
     dca_local_size: Annotated[
-        int | None, typer.Option(help="Its window, in tokens. [default: config.json's, or chunk size / 16]")
+        int | None, typer.Option(help="Its window, in tokens. (default: config.json's, or chunk size / 16)")
     ] = None
     prefill_chunk_size: Annotated[
-        int | None, typer.Option(help="Prompt tokens computed at once, which bounds memory. [default: 4096]")
+        int | None, typer.Option(help="Prompt tokens computed at once, which bounds memory. (default: 4096)")
     ] = None
     sparse_prefill: Annotated[
         str,
@@ -61,14 +61,14 @@ class EngineOptions:
     ] = "auto"
     sparse_attention_config: Annotated[
         Path | None,
-        typer.Option(help="File of its budgets, written by eval sparse-calibration. [default: the model's]"),
+        typer.Option(help="File of its budgets, written by eval sparse-calibration. (default: the model's)"),
     ] = None
     sparse_attention_threshold: Annotated[
-        int | None, typer.Option(help="Prompts with more tokens are sparse. [default: config.json's, or 32768]")
+        int | None, typer.Option(help="Prompts with more tokens are sparse. (default: config.json's, or 32768)")
     ] = None
     tp: Annotated[int, typer.Option("--tp", "--tensor-model-parallel-size", help="Tensor parallel size.")] = 1
     pp: Annotated[int, typer.Option("--pp", "--pipeline-model-parallel-size", help="Pipeline parallel size.")] = 1
-    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16. [default: the folder's own]")] = None
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16. (default: the folder's own)")] = None
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Open weights in pickle files, under an allow-list of plain classes.")
     ] = False

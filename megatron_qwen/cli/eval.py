@@ -19,7 +19,8 @@ from megatron_qwen.cli.eval_report import (
     show_perplexity,
     write_record,
 )
-from megatron_qwen.errors import ConfigError, CorruptInputError, IncompleteInputError
+from megatron_qwen.cli.text_file import read_text
+from megatron_qwen.errors import ConfigError, IncompleteInputError
 
 if TYPE_CHECKING:
     from megatron_qwen.evaluation.passkey import PasskeyAnswer
@@ -46,7 +47,7 @@ def passkey(
     seed: Annotated[int, typer.Option(help="Seed of the keys.")] = 0,
     chat: Annotated[
         bool | None,
-        typer.Option("--chat/--completion", help="Ask in a chat. [default: where the tokenizer ends turns]"),
+        typer.Option("--chat/--completion", help="Ask in a chat. (default: where the tokenizer ends turns)"),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for passkey.json and passkey.png.")] = None,
     *,
@@ -115,7 +116,9 @@ def perplexity(
     from megatron_qwen.inference.long_context import LongContext
 
     tokenizer, context = _before_loading(model, engine)
-    pieces = cut(tokenizer.encode("".join(_read(file) for file in text)), length=sizes[-1], samples=samples)
+    pieces = cut(
+        tokenizer.encode("".join(read_text("--text", file) for file in text)), length=sizes[-1], samples=samples
+    )
     context.require(sizes[-1] - 1, f"--lengths {sizes[-1]}: the text")
     plain = LongContext.plain(_config(model))
     if against_full:
@@ -148,8 +151,8 @@ def sparse_calibration(
     length: Annotated[int, typer.Option(help="Tokens of a text: as long as the prompts to come.")] = 32768,
     samples: Annotated[int, typer.Option(help="Pieces of the text, of this length each.")] = 1,
     recall: Annotated[float, typer.Option(help="Share of its attention that every head has to keep.")] = 0.95,
-    verticals: Annotated[int | None, typer.Option(help="Columns to begin with. [default: 1000]")] = None,
-    slashes: Annotated[int | None, typer.Option(help="Diagonals to begin with. [default: 6096]")] = None,
+    verticals: Annotated[int | None, typer.Option(help="Columns to begin with. (default: 1000)")] = None,
+    slashes: Annotated[int | None, typer.Option(help="Diagonals to begin with. (default: 6096)")] = None,
     vertical_step: Annotated[int, typer.Option(help="Columns added at a time.")] = 2048,
     slash_step: Annotated[int, typer.Option(help="Diagonals added at a time.")] = 2048,
     *,
@@ -183,8 +186,8 @@ def sparse_calibration(
         )
     refinement = ops.Refinement(recall, vertical_step, slash_step)
     tokenizer, context = _before_loading(model, dense)
-    texts = cut(tokenizer.encode("".join(_read(file) for file in text)), length=length, samples=samples)
-    calibration.check(texts, start)
+    texts = cut(tokenizer.encode("".join(read_text("--text", file) for file in text)), length=length, samples=samples)
+    calibration.check(texts, start, refinement)
     context.require(length - 1, f"--length {length}: the text")
     block = config.dual_chunk_attention
     last_rows = (None if block is None else block.sparse_attention_last_q) or LAST_ROWS
@@ -220,15 +223,6 @@ def _numbers(option: str, text: str, kind: type[int] | type[float]) -> list[Any]
     return numbers
 
 
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise IncompleteInputError(f"--text {file}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise CorruptInputError(f"--text {file}: not UTF-8 text: {error}") from error
-
-
 def _relaunch(ranks: int) -> None:
     from megatron_qwen.parallel.launch import is_rank_process, relaunch_on_local_ranks
 
@@ -245,8 +239,8 @@ def _config(model: Path) -> Any:
 def _before_loading(model: Path, engine: EngineOptions) -> tuple[Any, LongContext]:
     from megatron_qwen.data.tokenizer import QwenTokenizer
 
-    tokenizer = QwenTokenizer.load(model if (model / "config.json").is_file() else model / "hf")
-    return tokenizer, engine.context(model, _config(model))
+    context = engine.context(model, _config(model))
+    return QwenTokenizer.load(model if (model / "config.json").is_file() else model / "hf"), context
 
 
 def _settings(model: Path, context: LongContext, engine: EngineOptions) -> dict[str, Any]:

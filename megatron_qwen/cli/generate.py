@@ -20,6 +20,7 @@ from megatron_qwen.cli.engine_options import (
     describe_sparse,
     with_engine_options,
 )
+from megatron_qwen.cli.text_file import read_text
 from megatron_qwen.errors import ConfigError, CorruptInputError, IncompleteInputError
 
 if TYPE_CHECKING:
@@ -48,17 +49,17 @@ def generate(
         bool, typer.Option("--chat", help="Each prompt is a user's message; use the chat template.")
     ] = False,
     system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens per completion at most. [default: 128]")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens per completion at most. (default: 128)")] = None,
     temperature: Annotated[float | None, typer.Option(help="Divides the logits; 0 is greedy.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Nucleus: smallest set of this probability.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Draw among this many tokens; 0 for all.")] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1, tokens seen before lose.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the draws. [default: 0]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the draws. (default: 0)")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the most likely token.")] = False,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")] = None,
     *,
     engine: EngineOptions,
-    nproc: Annotated[int | None, typer.Option(help="Local ranks to start. [default: tp x pp]")] = None,
+    nproc: Annotated[int | None, typer.Option(help="Local ranks to start. (default: tp x pp)")] = None,
     cache_tokens: CacheOption = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print text as it comes (one prompt).")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
@@ -120,12 +121,7 @@ def _check_options(folder: Path, *, chat: bool, system: str | None, stream: bool
 def _read_prompts(prompts: Sequence[str], files: Sequence[Path]) -> list[str]:
     texts = list(prompts)
     for file in files:
-        try:
-            content = file.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise IncompleteInputError(f"--prompt-file {file}: no such file") from None
-        except UnicodeDecodeError as error:
-            raise CorruptInputError(f"--prompt-file {file}: not UTF-8 text: {error}") from error
+        content = read_text("--prompt-file", file)
         texts += _read_jsonl(file, content) if file.suffix == ".jsonl" else [content]
     return texts or [_read_stdin()]
 

@@ -107,22 +107,22 @@ def flags(
     ep: Annotated[int, typer.Option("--ep", "--expert-model-parallel-size", help="Expert parallel size.")] = 1,
     etp: Annotated[
         int | None,
-        typer.Option("--etp", "--expert-tensor-parallel-size", help="Tensor parallel size of experts. [default: tp]"),
+        typer.Option("--etp", "--expert-tensor-parallel-size", help="Tensor parallel size of experts. (default: tp)"),
     ] = None,
     cp: Annotated[int, typer.Option("--cp", "--context-parallel-size", help="Context parallel size.")] = 1,
     dp: Annotated[
-        int | None, typer.Option("--dp", help="Data parallel size. [default: what is left of the GPUs]")
+        int | None, typer.Option("--dp", help="Data parallel size. (default: what is left of the GPUs)")
     ] = None,
     sequence_parallel: Annotated[
         bool | None,
-        typer.Option("--sequence-parallel/--no-sequence-parallel", help="[default: on where tp > 1]"),
+        typer.Option("--sequence-parallel/--no-sequence-parallel", help="(default: on where tp > 1)"),
     ] = None,
     pp_layout: Annotated[str | None, typer.Option("--pp-layout", help="Layers of each stage, such as 6,8,8,6.")] = None,
-    gpus: Annotated[int | None, typer.Option("--gpus", help="Number of GPUs. [default: one copy of the model]")] = None,
+    gpus: Annotated[int | None, typer.Option("--gpus", help="Number of GPUs. (default: one copy of the model)")] = None,
     seq_length: Annotated[int, typer.Option("--seq-length", help="Tokens per sample.")] = 4096,
     micro_batch_size: Annotated[int, typer.Option("--micro-batch-size", help="Samples per forward pass.")] = 1,
     global_batch_size: Annotated[
-        int | None, typer.Option("--global-batch-size", help="Samples per step. [default: one micro-batch per rank]")
+        int | None, typer.Option("--global-batch-size", help="Samples per step. (default: one micro-batch per rank)")
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="bfloat16, float16 or float32.")] = "bfloat16",
     transformer_impl: Annotated[

@@ -72,21 +72,21 @@ def pretrain(
         list[str] | None, typer.Option(help="Prefix of a .bin/.idx pair, or WEIGHT:PREFIX; may be given again.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="tiny, tiny-moe, a preset, or a Hugging Face or Megatron folder. [default: tiny]")
+        str | None, typer.Option(help="tiny, tiny-moe, a preset, or a Hugging Face or Megatron folder. (default: tiny)")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Run folder: checkpoints, metrics, loss curve. [default: run]")
+        Path | None, typer.Option(help="Run folder: checkpoints, metrics, loss curve. (default: run)")
     ] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Folder or file. [default: the model folder's]")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Folder or file. (default: the model folder's)")] = None,
     split: Annotated[str | None, typer.Option(help="Shares of train, validation and test documents.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, dropout and data order.")] = None,
     seq_length: Annotated[int | None, typer.Option(help="Tokens per sample.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16 (with fp32 master weights) or fp32.")] = None,
     dca_chunk_size: Annotated[
-        int | None, typer.Option(help="Dual Chunk Attention; 0 for plain. [default: the model's]")
+        int | None, typer.Option(help="Dual Chunk Attention; 0 for plain. (default: the model's)")
     ] = None,
     dca_local_size: Annotated[
-        int | None, typer.Option(help="Of it, at true distance to the chunk before. [default: a sixteenth]")
+        int | None, typer.Option(help="Of it, at true distance to the chunk before. (default: a sixteenth)")
     ] = None,
     nproc: Annotated[int, typer.Option(help="Local ranks to start; under torchrun leave it out.")] = 1,
     tp: Annotated[
@@ -120,7 +120,7 @@ def pretrain(
         str | None, typer.Option(help="Keys of other ranks: p2p (a ring) or all_gather.", rich_help_panel=_LAYOUT)
     ] = None,
     dp: Annotated[
-        int | None, typer.Option("--dp", "--data-parallel-size", help="Data. [default: fits]", rich_help_panel=_LAYOUT)
+        int | None, typer.Option("--dp", "--data-parallel-size", help="Data. (default: fits)", rich_help_panel=_LAYOUT)
     ] = None,
     sequence_parallel: Annotated[
         bool | None, typer.Option("--sequence-parallel/--no-sequence-parallel", rich_help_panel=_LAYOUT)
@@ -140,27 +140,27 @@ def pretrain(
     ] = None,
     global_batch_size: Annotated[int | None, typer.Option(help="Samples per step.", rich_help_panel=_RUN)] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.", rich_help_panel=_RUN)] = None,
-    min_lr: Annotated[float | None, typer.Option(help="[default: lr / 10]", rich_help_panel=_RUN)] = None,
+    min_lr: Annotated[float | None, typer.Option(help="(default: lr / 10)", rich_help_panel=_RUN)] = None,
     lr_style: Annotated[
         str | None,
         typer.Option("--lr-style", "--lr-decay-style", help="constant, linear, cosine or wsd.", rich_help_panel=_RUN),
     ] = None,
     warmup_steps: Annotated[
-        int | None, typer.Option("--warmup-steps", "--lr-warmup-iters", help="[default: 5%]", rich_help_panel=_RUN)
+        int | None, typer.Option("--warmup-steps", "--lr-warmup-iters", help="(default: 5%)", rich_help_panel=_RUN)
     ] = None,
     recompute: Annotated[
         str | None, typer.Option(help="Activations: none, selective or full.", rich_help_panel=_RUN)
     ] = None,
     save_every: Annotated[
         int | None,
-        typer.Option("--save-every", "--save-interval", help="[default: at the end]", rich_help_panel=_KEEP),
+        typer.Option("--save-every", "--save-interval", help="(default: at the end)", rich_help_panel=_KEEP),
     ] = None,
     keep_last: Annotated[
-        int | None, typer.Option(help="Checkpoints to keep. [default: all]", rich_help_panel=_KEEP)
+        int | None, typer.Option(help="Checkpoints to keep. (default: all)", rich_help_panel=_KEEP)
     ] = None,
     eval_every: Annotated[
         int | None,
-        typer.Option("--eval-every", "--eval-interval", help="[default: never]", rich_help_panel=_KEEP),
+        typer.Option("--eval-every", "--eval-interval", help="(default: never)", rich_help_panel=_KEEP),
     ] = None,
     log_every: Annotated[int | None, typer.Option("--log-every", "--log-interval", rich_help_panel=_KEEP)] = None,
     resume: Annotated[

@@ -72,7 +72,7 @@ class LongContext:
 
         Args:
             config: its dual_chunk_attention_config switches Dual Chunk Attention on.
-            chunk_size: tokens of a chunk and its window, in the place of the configuration's.
+            chunk_size: tokens of a chunk and its window, in the place of the configuration's; 0 for plain attention.
             local_size: tokens of the window; a sixteenth of chunk_size if None, as ChunkLlama has it for Qwen.
             folder: of the model; see `SparsePrefill.of_model`.
             sparse: what is asked of prompts; None leaves it to the model.
@@ -88,12 +88,13 @@ class LongContext:
 
     @classmethod
     def _dense(cls, config: QwenConfig, chunk_size: int | None, local_size: int | None) -> LongContext:
-        if chunk_size is None and local_size is not None:
+        if not chunk_size and local_size is not None:
             raise ConfigError(f"local_size is {local_size} without chunk_size; give both, or chunk_size alone")
         own, plain = config.dual_chunk_attention, cls.plain(config)
+        if chunk_size == 0 or (chunk_size is None and own is None):
+            return plain
         if chunk_size is None:
-            if own is None:
-                return plain
+            assert own is not None
             return cls(positions=None, chunks=chunk_layout(own), original_length=own.original_max_position_embeddings)
         trained = plain.positions if own is None else own.original_max_position_embeddings or own.chunk_size
         assert trained is not None

@@ -68,6 +68,9 @@ def test_perplexity_against_plain_attention(folder: Path, tmp_path: Path) -> Non
     ("arguments", "code", "message"),
     [
         (("passkey", "MODEL", "--lengths", "300"), 2, "the model has 256 positions"),
+        (("passkey", "MODEL", "--lengths", "300", "--dca-chunk-size", "0"), 2, "the model has 256 positions"),
+        (("passkey", "MODEL/..", "--lengths", "300"), 3, "neither config.json nor hf"),
+        (("perplexity", "MODEL", "--text", "MODEL"), 3, "Is a directory; expected a text file"),
         (("passkey", "MODEL", "--depths", "0;1"), 2, "--depths: got '0;1', expected numbers separated by commas"),
         (("perplexity", "MODEL", "--text", "MODEL/no.txt"), 3, "no such file"),
         (("perplexity", "MODEL", "--text", "MODEL/config.json", "--lengths", "9999"), 2, "Give a longer text"),
