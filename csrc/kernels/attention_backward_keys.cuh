@@ -143,7 +143,6 @@ __device__ __forceinline__ void multiply_for_keys(const BackwardPass& pass, cons
   float dk[kHeadAccumulators<kHead>], dv[kHeadAccumulators<kHead>];
   typename KeysShared<kHead>::Turn turn;
   bool started = false;
-  int previous = 0;
   sm90::wait(shared.ready(kKeyTile), 0);
   sm90::wait(shared.ready(kValueTile), 0);
   for_row_steps(pass, tile, head_k, [&](const RowStep& step) {
@@ -155,38 +154,40 @@ __device__ __forceinline__ void multiply_for_keys(const BackwardPass& pass, cons
     sm90::begin_multiplications();
     multiply_heads<T, kHead>(p, k, q);
     multiply_heads<T, kHead>(ds, v, grad);
-    // The sums of the step before are done as well.
     sm90::wait_for_multiplications<1>();
     sm90::pin(p);
-    if (started && releases) sm90::arrive(shared.empty(previous));
     if (has_scales) for_columns_of_step(shared.terms(turn.stage, kLogitScales), [&](int i, float x) { p[i] *= x; });
     for_columns_of_step(shared.terms(turn.stage, kExponents),
                         [&](int i, float exponent) { p[i] = sm90::exp2_fast(p[i] * scale - exponent); });
     if (step.segment == kOwnChunk && step.position < last_key) mask_rows_before_keys(p, key, step.position);
-    to_operands<T>(p, operands);
     sm90::wait_for_multiplications<0>();
     sm90::pin(ds);
-    sm90::begin_multiplications();
-    add_rows<T, kHead>(dv, operands, grad, started);
     for_columns_of_step(shared.terms(turn.stage, kDeltas), [&](int i, float delta) { ds[i] = p[i] * (ds[i] - delta); });
     if (has_scales) for_columns_of_step(shared.terms(turn.stage, kLogitScales), [&](int i, float x) { ds[i] *= x; });
+    to_operands<T>(p, operands);
     to_operands<T>(ds, more_operands);
+    sm90::pin(operands);
+    sm90::pin(more_operands);
+    sm90::pin(dk);
+    sm90::pin(dv);
     sm90::begin_multiplications();
+    add_rows<T, kHead>(dv, operands, grad, started);
     add_rows<T, kHead>(dk, more_operands, q, started);
+    sm90::wait_for_multiplications<0>();
+    sm90::pin(dk);
+    sm90::pin(dv);
+    sm90::pin(operands);
+    sm90::pin(more_operands);
+    if (releases) sm90::arrive(shared.empty(turn.stage));
     started = true;
-    previous = turn.stage;
     turn.advance();
   });
-  sm90::wait_for_multiplications<0>();
   if (!started) {
     const float nothing[kHeadAccumulators<kHead>] = {};
     store_keys<T, kHead>(pass, tile, head_k, pass.out, nothing);
     store_keys<T, kHead>(pass, tile, head_k, pass.second_out, nothing);
     return;
   }
-  if (releases) sm90::arrive(shared.empty(previous));
-  sm90::pin(dk);
-  sm90::pin(dv);
   finish_keys<T, kHead>(pass, tile, head_k, dk, dv);
 }
 

@@ -113,7 +113,7 @@ __device__ __forceinline__ void store_queries(const BackwardPass& pass, const Ba
 // Adds what the keys of a segment contribute; the last multiplications are done, and the last stage is handed back.
 template <typename T, int kHead>
 __device__ __forceinline__ void add_segment(const QueriesShared<kHead>& shared, const Range& range, bool is_own_chunk,
-                                            int segment, const RowTerms& terms, bool adds,
+                                            int segment, const RowTerms& terms,
                                             typename QueriesShared<kHead>::Turn& turn,
                                             float (&dq)[kHeadAccumulators<kHead>]) {
   const int half = static_cast<int>(threadIdx.x) / 128 - 1;
@@ -122,49 +122,73 @@ __device__ __forceinline__ void add_segment(const QueriesShared<kHead>& shared, 
   const std::uint32_t grad = sm90::shared_address(shared.fixed(kGradTile, half));
   // Keys that all rows of the warpgroup see.
   const int first_row = terms.position[0] - first_row_of_thread() + kStepRows * half;
-  int limit[2];
+  int limit[2], before = 0;
 #pragma unroll
   for (int h = 0; h < 2; ++h) limit[h] = is_own_chunk ? min(terms.position[h], range.high - 1) : range.high - 1;
   const int unmasked = is_own_chunk ? min(first_row, range.high - 1) : range.high - 1;
-  int previous = 0;
-  for (int key = range.low; key < range.high; key += kStepRows) {
-    const std::uint32_t k = sm90::shared_address(shared.first(turn.stage));
-    const std::uint32_t v = sm90::shared_address(shared.second(turn.stage));
-    float p[kStepAccumulators], ds[kStepAccumulators];
-    std::uint32_t operands[kStepRows / 16][4];
-    sm90::wait(shared.full(turn.stage), turn.parity);
-    sm90::begin_multiplications();
-    multiply_heads<T, kHead>(p, q, k);
-    multiply_heads<T, kHead>(ds, grad, v);
-    // The sum of the step before is done as well.
-    sm90::wait_for_multiplications<1>();
-    sm90::pin(p);
-    if (key != range.low && releases) sm90::arrive(shared.empty(previous));
+  float p[kStepAccumulators], ds[kStepAccumulators];
+  std::uint32_t operands[kStepRows / 16][4];
+  const auto finish_products = [&](int key) {
 #pragma unroll
     for (int i = 0; i < kStepAccumulators; ++i) {
-      p[i] = sm90::exp2_fast(p[i] * terms.factor[i / 2 % 2] - terms.exponent[i / 2 % 2]);
+      const int h = i / 2 % 2;
+      p[i] = sm90::exp2_fast(p[i] * terms.factor[h] - terms.exponent[h]);
+      ds[i] = p[i] * (ds[i] - terms.delta[h]);
     }
-    sm90::wait_for_multiplications<0>();
-    sm90::pin(ds);
-#pragma unroll
-    for (int i = 0; i < kStepAccumulators; ++i) ds[i] = p[i] * (ds[i] - terms.delta[i / 2 % 2]);
     if (key + kStepRows - 1 > unmasked) mask_keys_behind(ds, key, limit);
-    to_operands<T>(ds, operands);
+  };
+  const auto multiply_both = [&] {
+    multiply_heads<T, kHead>(p, q, sm90::shared_address(shared.first(turn.stage)));
+    multiply_heads<T, kHead>(ds, grad, sm90::shared_address(shared.second(turn.stage)));
+  };
+  const auto add_keys = [&] { add_rows<T, kHead>(dq, operands, sm90::shared_address(shared.first(before)), true); };
+  sm90::wait(shared.full(turn.stage), turn.parity);
+  sm90::begin_multiplications();
+  multiply_both();
+  sm90::wait_for_multiplications<0>();
+  sm90::pin(p);
+  sm90::pin(ds);
+  finish_products(range.low);
+  to_operands<T>(ds, operands);
+  before = turn.stage;
+  turn.advance();
+  // Each step's last product runs beside the next one's first two, and beside what is done with those.
+  for (int key = range.low + kStepRows; key < range.high; key += kStepRows) {
+    sm90::wait(shared.full(turn.stage), turn.parity);
+    sm90::pin(p);
+    sm90::pin(ds);
+    sm90::pin(dq);
+    sm90::pin(operands);
     sm90::begin_multiplications();
-    add_rows<T, kHead>(dq, operands, k, adds || key != range.low);
-    previous = turn.stage;
+    multiply_both();
+    add_keys();
+    sm90::wait_for_multiplications<1>();
+    sm90::pin(p);
+    sm90::pin(ds);
+    finish_products(key);
+    sm90::wait_for_multiplications<0>();
+    sm90::pin(dq);
+    sm90::pin(operands);
+    if (releases) sm90::arrive(shared.empty(before));
+    to_operands<T>(ds, operands);
+    before = turn.stage;
     turn.advance();
   }
+  sm90::pin(dq);
+  sm90::pin(operands);
+  sm90::begin_multiplications();
+  add_keys();
   sm90::wait_for_multiplications<0>();
   sm90::pin(dq);
-  if (releases) sm90::arrive(shared.empty(previous));
+  sm90::pin(operands);
+  if (releases) sm90::arrive(shared.empty(before));
 }
 
 template <typename T, int kHead>
 __device__ __forceinline__ void multiply_for_queries(const BackwardPass& pass, const BackwardTile& tile, int head,
                                                      const QueriesShared<kHead>& shared) {
   const RowTerms terms = row_terms(pass, tile, head);
-  float dq[kHeadAccumulators<kHead>];
+  float dq[kHeadAccumulators<kHead>] = {};
   typename QueriesShared<kHead>::Turn turn;
   int last_segment = -1;
   sm90::wait(shared.ready(kGradTile), 0);
@@ -173,17 +197,12 @@ __device__ __forceinline__ void multiply_for_queries(const BackwardPass& pass, c
     if (range.low >= range.high) continue;
     if (last_segment >= 0 && pass.turns_back) turn_on<kHead>(pass, tile, terms, last_segment, segment, dq);
     sm90::wait(shared.ready(segment), 0);
-    add_segment<T, kHead>(shared, range, segment == kOwnChunk, segment, terms, last_segment >= 0, turn, dq);
+    add_segment<T, kHead>(shared, range, segment == kOwnChunk, segment, terms, turn, dq);
     last_segment = segment;
-  }
-  if (last_segment < 0) {
-    const float nothing[kHeadAccumulators<kHead>] = {};
-    store_queries<T, kHead>(pass, tile, head, terms, nothing);
-    return;
   }
 #pragma unroll
   for (int i = 0; i < kHeadAccumulators<kHead>; ++i) dq[i] *= pass.problem.scale * terms.logit_scale[i / 2 % 2];
-  if (pass.turns_back) {
+  if (pass.turns_back && last_segment >= 0) {
     turn_back<kHead>(dq, [&](int h, int column) {
       const int angle = query_position(last_segment, terms.position[h] - tile.chunk_begin, pass.problem.chunks);
       return angles_at(pass.problem.tables, angle, kHead / 2, column);

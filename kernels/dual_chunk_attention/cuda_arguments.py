@@ -11,6 +11,17 @@ from ..cuda_launch import address
 from .request import AttentionRequest
 from .tile_lists import Tiles, stride_of, strides
 
+# `_AttentionProblem` of _C.pyi.
+Problem = tuple[
+    tuple[int, int, int, int, int, int],
+    tuple[int, int, int, int, bool],
+    tuple[int, int, int, int, int],
+    tuple[int, int, int, int],
+    tuple[int, int, int],
+    float,
+    int,
+]
+
 
 def heads_of(heads: torch.Tensor) -> tuple[int, int, int, int]:
     """Return address and strides of heads as launches want them: 0 where there is nothing to step over."""
@@ -40,8 +51,8 @@ def chunks_of(request: AttentionRequest) -> tuple[int, int, int, int, bool]:
     return chunks.stride, chunks.limit, chunks.inter_position, chunks.alike_from, False
 
 
-def problem_of(q: torch.Tensor, k: torch.Tensor, request: AttentionRequest, tiles: Tiles) -> tuple[object, ...]:
-    """Return what all passes of attention want to know: `_AttentionProblem` of _C.pyi."""
+def problem_of(q: torch.Tensor, k: torch.Tensor, request: AttentionRequest, tiles: Tiles) -> Problem:
+    """Return what all passes of attention want to know."""
     of_q, of_k = request.cu_seqlens or (None, None)
     sizes = (1 if q.dim() == 3 else q.shape[0], q.shape[-3], k.shape[-3], q.shape[-2], k.shape[-2], q.shape[-1])
     sequences = (

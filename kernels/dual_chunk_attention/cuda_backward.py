@@ -81,4 +81,4 @@ def _row_terms(
 def _copies(heads: torch.Tensor) -> tuple[int, int, int, int]:
     """Return [copies, B, S, H, D] or [copies, T, H, D] as one batch; several copies are contiguous."""
     of_batch = heads.stride(0 if heads.dim() == 4 else 1)
-    return heads.data_ptr(), of_batch, *heads.stride()[-3:-1]
+    return heads.data_ptr(), of_batch, heads.stride(-3), heads.stride(-2)

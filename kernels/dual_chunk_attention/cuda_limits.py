@@ -18,7 +18,7 @@ def unfit(cos: torch.Tensor | None, **heads: torch.Tensor) -> str:
         return f"its CUDA kernel takes bfloat16 and float16, not {first.dtype}"
     if first.is_cuda and torch.cuda.get_device_capability(first.device)[0] != 9:
         return "its CUDA kernel needs an sm_90 device (H100, H200)"
-    for name, each in heads.items():
+    for name, each in ((name, each) for name, each in heads.items() if each.numel()):
         if each.shape[-3] > MOST_ROWS:
             return f"its CUDA kernel takes {MOST_ROWS} rows, and {name} has {each.shape[-3]}"
         if each.data_ptr() % ALIGNMENT:
