@@ -75,9 +75,10 @@ def calibrate(
         on_call: called after each observation of `Engine.watch`, of which every text has two rounds.
 
     Raises:
-        ConfigError: no text; texts of which the budgets to begin with keep everything; or see `Engine.watch`.
+        ConfigError: no text; texts of which the budgets to begin with keep everything; steps by which a head would lose
+            columns; or see `Engine.watch`.
     """
-    check(texts, start)
+    check(texts, start, refinement)
     budgets = _Refined(start, refinement, last_rows)
     _watch(engine, texts, budgets.take, on_call)
     measured = _Measured(budgets.config(), last_rows)
@@ -100,7 +101,7 @@ def by_layer(heads: Sequence[HeadCalibration]) -> list[list[HeadCalibration]]:
     return [list(layer) for _, layer in itertools.groupby(heads, key=lambda each: each.layer)]
 
 
-def check(texts: Sequence[Sequence[int]], start: ops.SparseAttentionConfig) -> None:
+def check(texts: Sequence[Sequence[int]], start: ops.SparseAttentionConfig, refinement: ops.Refinement) -> None:
     """Refuse what `calibrate` refuses, before a model is loaded.
 
     Raises:
@@ -110,6 +111,11 @@ def check(texts: Sequence[Sequence[int]], start: ops.SparseAttentionConfig) -> N
         raise ConfigError("sparse calibration: no text; expected at least one")
     most = min(max(each.verticals, each.slashes) for layer in start.layers for each in layer)
     longest = max(len(text) for text in texts)
+    if refinement.vertical_step < 100 and any(each.verticals == 30 for layer in start.layers for each in layer):
+        raise ConfigError(
+            "sparse calibration: heads begin with 30 columns, of which prefill makes 130, as vLLM does; a vertical "
+            f"step of {refinement.vertical_step} would take some away, expected 100 or more, or 31 columns to begin with"
+        )
     if longest <= most:
         raise ConfigError(
             f"sparse calibration: the longest text has {longest:,} tokens, and every head begins with {most:,} columns "

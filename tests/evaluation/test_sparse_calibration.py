@@ -127,6 +127,10 @@ def test_the_command_writes_what_prefill_reads(
         (("--recall", 1), "threshold is 1.0"),
         (("--slash-step", 0), "slash_step 0"),
         (("--verticals", 0), "verticals is 0"),
+        (
+            ("--verticals", 30, "--vertical-step", 99),
+            "30 columns, of which prefill makes 130.*step of 99 would take some",
+        ),
         (("--length", 99999), "Give a longer text"),
         (("--sparse-prefill", "on"), "calibration reads densely"),
         (("--sparse-attention-config", "x.json"), "leave --verticals, --slashes out"),
@@ -143,4 +147,4 @@ def test_against_dense_needs_something_sparse(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"--against-dense: prefill of 199 tokens is dense without it"):
         command("perplexity", folder, "--text", SOURCE, "--lengths", 200, "--against-dense")
     with pytest.raises(ConfigError, match="no text"):
-        calibration.check([], uniform(1, 1))
+        calibration.check([], uniform(1, 1), ops.Refinement(0.9))
