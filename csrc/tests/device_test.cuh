@@ -96,7 +96,8 @@ Values random_values(std::size_t count, std::uint32_t seed, double scale) {
 }
 
 template <typename T>
-void expect_close(const std::string& name, const Buffer<T>& ours, const Values& exact) {
+void expect_close(const std::string& name, const Buffer<T>& ours, const Values& exact,
+                  double tolerance = kTolerance<T>) {
   const Values found = ours.read(name);
   double largest = 0.0, error = 0.0;
   for (std::size_t i = 0; i < exact.size(); ++i) {
@@ -104,7 +105,7 @@ void expect_close(const std::string& name, const Buffer<T>& ours, const Values& 
     const double difference = std::fabs(found[i] - exact[i]);
     error = std::isnan(error) || difference <= error ? error : difference;  // NaN stays
   }
-  if (error <= kTolerance<T> * largest) return;
+  if (error <= tolerance * largest) return;
   std::fprintf(stderr, "FAILED: %s: error %g, largest value %g\n", name.c_str(), error, largest);
   passed = false;
 }

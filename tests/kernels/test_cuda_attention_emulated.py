@@ -21,8 +21,8 @@ from megatron_qwen.testing.poison import poisoned_outputs, surrounded
 
 BF16, FP16 = torch.bfloat16, torch.float16
 LAUNCHES = ["attention_rotate", "attention_forward"]
-# Chunks within a tile, tiles within a chunk, windows longer than a chunk; the second of "two tiles" needs no rotation of
-# its own for the previous chunk.
+# Chunks within a tile, tiles within a chunk, windows longer than a chunk; the second of "two tiles" needs no rotation
+# of its own for the previous chunk.
 LAYOUTS = {
     "short": ops.ChunkLayout.released(8, 5),
     "wide window": ops.ChunkLayout.paper(20, 15),

@@ -23,7 +23,7 @@ KERNELS = {
     *("qkv_rope_forward_kernel", "qkv_rope_backward_kernel", "rope_kernel"),
     *("swiglu_forward_kernel", "swiglu_backward_kernel"),
     *("moe_row_map_kernel", "moe_combine_kernel", "moe_gate_kernel", "moe_gate_gradient_kernel"),
-    *("grouped_rows_kernel", "grouped_weight_gradient_kernel"),
+    *("grouped_rows_kernel", "grouped_weight_gradient_kernel", "attention_forward_kernel"),
 }
 # Grouped GEMMs, by the numbers of the passes in csrc/kernels/row_gemm.cuh: up, down, SwiGLU's backward, input gradient.
 GEMMS = [
@@ -34,6 +34,9 @@ GEMMS = [
         "grouped_weight_gradient_kernel ",
     )
 ]
+ATTENTION = {
+    f"attention_forward_kernel {dtype}Li{size}": size for dtype in ("6__half", "13__nv_bfloat16") for size in (64, 128)
+}
 # Their warpgroups share out 168 registers of each of 384 threads anew: setmaxnreg.
 GEMM_REGISTERS = 168
 # Of int32 and of int64: one of the two runs.
@@ -118,7 +121,7 @@ def test_no_kernel_spills_registers_or_has_a_stack_on_any_architecture(build: tu
     for each in kernels:
         assert (each.spilled, each.stack) == (0, 0), each
         # 256 threads of 128 registers: two blocks on a multiprocessor.
-        assert each.registers <= (GEMM_REGISTERS if each.name in GEMMS else 128), each
+        assert each.registers <= (GEMM_REGISTERS if each.name in {*GEMMS, *ATTENTION} else 128), each
     # ptxas says so where it cannot let multiplications run on while registers are used.
     assert "wgmma.mma_async instructions are serialized" not in build[1]
 
@@ -212,6 +215,26 @@ def test_grouped_gemms_are_made_of_what_hopper_has(functions: dict[tuple[str, st
     assert {name for name in found if name.startswith("LDG")} <= {"LDG 4", "LDG 8", "LDG 16"}
     assert set(found) <= {"LDG 4", "LDG 8", "LDG 16", "STG 4", "STG 16"}
     assert found["STG 16"] >= 8
+
+
+@pytest.mark.parametrize(("kernel", "size"), ATTENTION.items())
+def test_attention_is_made_of_what_hopper_has(functions: dict[tuple[str, str], str], kernel: str, size: int) -> None:
+    """Logits of 128 keys over the numbers of a head, and output of those keys: for the first block, and in the loop."""
+    code = functions["sm_90a", kernel]
+    products = Counter(re.findall(r"\bHGMMA\.(\w+)\.F32", code))
+    assert products == Counter({"64x128x16": 2 * size // 16}) + Counter({f"64x{size}x16": 2 * 128 // 16})
+    assert not re.search(r"\bHMMA\b", code)
+    assert len(re.findall(r"\bUSETMAXREG\b", code)) == 2
+    # Keys and values, in boxes of 64 numbers of a head.
+    assert len(re.findall(r"\bUTMALDG\.4D\b", code)) == 2 * size // 64
+    # Operands that no TMA brings: rotated queries, zeros behind the last values.
+    assert set(re.findall(r"\bSTS\S*", code)) == {"STS.128"}
+    assert "LDS" not in code
+    found = accesses(code)
+    # Both halves of 8 numbers and their angles; boundaries and tiles of packed sequences, temperatures; the lse.
+    assert found["LDG 16"] == 6
+    assert (found["STG 16"], found["STG 4"]) == (size // 16, 2)
+    assert set(found) <= {"LDG 4", "LDG 8", "LDG 16", "STG 4", "STG 16"}
 
 
 def test_no_kernel_has_atomics_or_local_memory(memory_accesses: dict[tuple[str, str], Counter[str]]) -> None:
