@@ -114,7 +114,7 @@ def check(texts: Sequence[Sequence[int]], start: ops.SparseAttentionConfig, refi
     if refinement.vertical_step < 100 and any(each.verticals == 30 for layer in start.layers for each in layer):
         raise ConfigError(
             "sparse calibration: heads begin with 30 columns, of which prefill makes 130, as vLLM does; a vertical "
-            f"step of {refinement.vertical_step} would take some away, expected 100 or more, or 31 columns to begin with"
+            f"step of {refinement.vertical_step} would take some away; expected 100 or more, or 31 columns at first"
         )
     if longest <= most:
         raise ConfigError(
