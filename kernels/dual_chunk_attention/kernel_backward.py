@@ -279,6 +279,7 @@ def launch_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of q, k and v, contiguous; lse may be that of more keys than these (ring attention)."""
     keys, queries = rotated_keys(k, request), rotated_queries(q, request)
+    lse = lse.contiguous()  # kernels index by rows, and `empty_like` would keep strides of another order
     delta, exponent = torch.empty_like(lse), torch.empty_like(lse)
     boundaries = request.cu_seqlens or (None, None)
     given = (queries, keys, v, grad, exponent, delta, request.logit_scale)
@@ -289,7 +290,7 @@ def launch_backward(
     if q.numel():
         grid = (triton.cdiv(q.shape[-3], BLOCK_ROWS) * heads, 1 if q.dim() == 3 else q.shape[0])
         dca_delta_kernel[grid](
-            grad, output, lse.contiguous(), delta, exponent, *strides(grad), *strides(output), q.shape[-3],
+            grad, output, lse, delta, exponent, *strides(grad), *strides(output), q.shape[-3],
             HEADS=heads, SIZE=q.shape[-1], BLOCK_ROWS=BLOCK_ROWS, num_warps=4,
         )  # fmt: skip
         sizes = _blocks_of_queries(q)

@@ -46,7 +46,7 @@ def check_decoding(
 
 
 def check_parts_of_the_keys(chunks: ops.ChunkLayout, backend: str) -> None:
-    """Keys in two parts, each with its own first position, merged; rows that see none of a part; views of heads."""
+    """Keys in two parts, each with its own first position, merged; rows that see none of a part; views."""
     rows, columns, start, cut = 21, 37, 30, 33
     wide = [random((1, each, 4, SIZE), torch.float32, seed=seed) for seed, each in enumerate((rows, columns, columns))]
     q, k, v = wide[0][:, :, 1:3], wide[1][:, :, 2:3], wide[2][:, :, :1]
@@ -61,6 +61,7 @@ def check_parts_of_the_keys(chunks: ops.ChunkLayout, backend: str) -> None:
                 ops.dual_chunk_attention(q, k[:, part], v[:, part], key_start=part.start, **common) for part in parts
             ]
             output, lse = ops.merge_attention(*zip(*results, strict=True))
+            lse = lse.transpose(1, 2).contiguous().transpose(1, 2)  # of any strides, too
             grads = [
                 ops.dual_chunk_attention_backward(
                     grad, q, k[:, part], v[:, part], output, lse, key_start=part.start, **common
