@@ -95,9 +95,8 @@ def _attend_by_products(
     outputs, lses = [], []
     for first in range(0, q_BGSD.shape[2], TILE):
         logits = _logits(q_BGSD[:, :, first : first + TILE], k_BGKD, scale, first if is_causal else None)
-        lse = logits.logsumexp(-1)
-        outputs.append((logits - lse.unsqueeze(-1)).exp().to(q_BGSD.dtype) @ v_BGKD)
-        lses.append(lse)
+        outputs.append(logits.softmax(-1).to(q_BGSD.dtype) @ v_BGKD)
+        lses.append(logits.logsumexp(-1))
     return torch.cat(outputs, 2), torch.cat(lses, 2)
 
 
