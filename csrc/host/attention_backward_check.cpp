@@ -23,6 +23,8 @@ void check_rows(const char* op, std::int64_t batch, std::int64_t rows, std::int6
 
 void check_inputs(const char* op, const AttentionBackwardInputs& inputs) {
   check_problem(op, inputs.problem);
+  require_at_least(op, "rows_k", inputs.problem.sizes.rows_k, 1);
+  require_at_most(op, "slots times heads", inputs.problem.tiles.slots * inputs.problem.sizes.heads_q, kMaxBlocks);
   check_heads(op, "queries", inputs.queries);
   check_heads(op, "k", inputs.k);
   check_heads(op, "v", inputs.v);

@@ -24,6 +24,8 @@ KERNELS = {
     *("swiglu_forward_kernel", "swiglu_backward_kernel"),
     *("moe_row_map_kernel", "moe_combine_kernel", "moe_gate_kernel", "moe_gate_gradient_kernel"),
     *("grouped_rows_kernel", "grouped_weight_gradient_kernel", "attention_forward_kernel"),
+    *("attention_rotate_kernel", "attention_row_terms_kernel"),
+    *("attention_keys_backward_kernel", "attention_queries_backward_kernel"),
 }
 # Grouped GEMMs, by the numbers of the passes in csrc/kernels/row_gemm.cuh: up, down, SwiGLU's backward, input gradient.
 GEMMS = [
@@ -36,6 +38,12 @@ GEMMS = [
 ]
 ATTENTION = {
     f"attention_forward_kernel {dtype}Li{size}": size for dtype in ("6__half", "13__nv_bfloat16") for size in (64, 128)
+}
+ATTENTION_GRADIENTS = {
+    f"attention_{side}_backward_kernel {dtype}Li{size}": (side, size)
+    for side in ("keys", "queries")
+    for dtype in ("6__half", "13__nv_bfloat16")
+    for size in (64, 128)
 }
 # Their warpgroups share out 168 registers of each of 384 threads anew: setmaxnreg.
 GEMM_REGISTERS = 168
@@ -121,7 +129,9 @@ def test_no_kernel_spills_registers_or_has_a_stack_on_any_architecture(build: tu
     for each in kernels:
         assert (each.spilled, each.stack) == (0, 0), each
         # 256 threads of 128 registers: two blocks on a multiprocessor.
-        assert each.registers <= (GEMM_REGISTERS if each.name in {*GEMMS, *ATTENTION} else 128), each
+        assert each.registers <= (GEMM_REGISTERS if each.name in {*GEMMS, *ATTENTION, *ATTENTION_GRADIENTS} else 128), (
+            each
+        )
     # ptxas says so where it cannot let multiplications run on while registers are used.
     assert "wgmma.mma_async instructions are serialized" not in build[1]
 
@@ -235,6 +245,29 @@ def test_attention_is_made_of_what_hopper_has(functions: dict[tuple[str, str], s
     assert found["LDG 16"] == 6
     assert (found["STG 16"], found["STG 4"]) == (size // 16, 2)
     assert set(found) <= {"LDG 4", "LDG 8", "LDG 16", "STG 4", "STG 16"}
+
+
+@pytest.mark.parametrize(("kernel", "side", "size"), [(name, *of) for name, of in ATTENTION_GRADIENTS.items()])
+def test_gradients_of_attention_are_made_of_what_hopper_has(
+    functions: dict[tuple[str, str], str], kernel: str, side: str, size: int
+) -> None:
+    """Steps of 64 rows or keys: two products over the numbers of a head, and sums of 64 terms with operands in
+    registers; of keys two, of queries one, whose first step stands before the loop and whose last sum behind it."""
+    code = functions["sm_90a", kernel]
+    rounds, sums = {"keys": (1, 2), "queries": (2, 2)}[side]
+    products = Counter(re.findall(r"\bHGMMA\.(\w+)\.F32", code))
+    assert products == Counter({"64x64x16": rounds * 2 * size // 16}) + Counter({f"64x{size}x16": sums * 64 // 16})
+    # The groups of multiplications that are waited for; one wait per multiplication would mean none runs beside others.
+    assert len(re.findall(r"\bWARPGROUP\.DEPBAR\b", code)) <= 4
+    assert not re.search(r"\bHMMA\b", code)
+    assert len(re.findall(r"\bUSETMAXREG\b", code)) == 2
+    assert re.search(r"\bUTMALDG\.4D\b", code)
+    # Steps that end within a sequence.
+    assert re.search(r"\bLDGSTS\.E\.BYPASS\.128\b", code)
+    found = accesses(code)
+    # Angles of two neighbouring numbers; boundaries, tiles, and what belongs to a row.
+    assert set(found) <= {"LDG 4", "LDG 8", "STG 16"}
+    assert found["STG 16"] >= size // 16
 
 
 def test_no_kernel_has_atomics_or_local_memory(memory_accesses: dict[tuple[str, str], Counter[str]]) -> None:
