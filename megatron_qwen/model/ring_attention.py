@@ -215,6 +215,9 @@ class _Hop:
     def __init__(self, tensor: torch.Tensor, group: dist.ProcessGroup) -> None:
         rank, size = group.rank(), group.size()
         self._sent = tensor  # must live, unchanged, until it has arrived
+        if size == 1:
+            self._received, self._works = tensor, []  # gloo does not send to itself
+            return
         self._received = torch.empty_like(tensor)
         peers = [dist.get_global_rank(group, (rank + step) % size) for step in (1, -1)]
         self._works = dist.batch_isend_irecv(
