@@ -168,7 +168,8 @@ def _attend_kept(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention to the keys a row keeps; 0 and -inf for a row that keeps none. The output is wide."""
     wide = torch.promote_types(q_RD.dtype, torch.float32)
-    logits = ((q_RD @ k_CD.t()).to(wide) * scale).masked_fill(~kept_RC, -torch.inf)
+    # Products of bf16 would be rounded to bf16: of a trained head's logits, of 100 and more, by halves.
+    logits = (q_RD.to(wide) @ k_CD.to(wide).t() * scale).masked_fill(~kept_RC, -torch.inf)
     lse = logits.logsumexp(-1)
     probabilities = (logits - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)).exp()
     return (probabilities.to(q_RD.dtype) @ v_CD).to(wide), lse
