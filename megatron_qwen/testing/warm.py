@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 
 from megatron_qwen.parallel.device import install_cpu_platform
@@ -19,3 +20,4 @@ for _name in (
     "torch._dynamo",  # by torch.optim, on its first use
 ):
     importlib.import_module(_name)
+gc.freeze()  # what is imported stays: collections of garbage in the ranks need not walk it

@@ -8,6 +8,7 @@ import torch
 
 from megatron_qwen.model.config import QwenConfig
 from megatron_qwen.parallel.layout import ParallelLayout
+from megatron_qwen.testing.ranks import leave_layout
 
 
 def enter(layout: ParallelLayout) -> None:
@@ -15,12 +16,9 @@ def enter(layout: ParallelLayout) -> None:
     from megatron_qwen.parallel import groups
 
     if torch.distributed.is_initialized():
-        from megatron.core import parallel_state
-
         if groups._active == layout.resolve(torch.distributed.get_world_size()):
             return  # dozens of gloo groups are slow to form
-        parallel_state.destroy_model_parallel()
-        groups._active = None
+        leave_layout()
     groups.initialize(layout)
 
 

@@ -21,7 +21,7 @@ from megatron_qwen.conversion import reshard
 from megatron_qwen.errors import ConfigError, MismatchError
 from megatron_qwen.model.config import QwenConfig
 from megatron_qwen.parallel.layout import ParallelLayout
-from megatron_qwen.testing.ranks import run_ranks
+from megatron_qwen.testing.ranks import leave_layout, run_ranks
 from megatron_qwen.testing.tiny import tiny_dense, tiny_moe
 from megatron_qwen.training.overrides import dump_recipe, recipe_from_dict
 
@@ -78,16 +78,6 @@ def run_options(root: Path, name: str, folder: str) -> dict[str, Any]:
 def train(values: dict[str, Any], **arguments: Any) -> Any:
     leave_layout()
     return training_runs.train(values, **arguments)
-
-
-def leave_layout() -> None:
-    from megatron_qwen.parallel import groups
-
-    if torch.distributed.is_initialized():
-        from megatron.core import parallel_state
-
-        parallel_state.destroy_model_parallel()
-        groups._active = None
 
 
 def check_numbers(config: QwenConfig, layout: ParallelLayout, bucket_size: int | None) -> list[str]:

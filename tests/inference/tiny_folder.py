@@ -13,6 +13,7 @@ from megatron_qwen.inference.engine import Completion, generate
 from megatron_qwen.inference.sampling import SamplingParams
 from megatron_qwen.parallel import groups
 from megatron_qwen.parallel.layout import ParallelLayout
+from megatron_qwen.testing.ranks import leave_layout
 from megatron_qwen.testing.tiny import tiny_dense, tiny_moe, write_tiny_hf
 
 PROMPTS = ["def read(self, size):", "for", "return the number of bytes that were read, or None", "import sys\n"]
@@ -33,10 +34,7 @@ def write_folder(folder: Path, model: str = "untied", *, style: str = "base") ->
 def enter(layout: ParallelLayout) -> None:
     """Change the layout and keep the process group: a second one cannot be formed over the same store."""
     if torch.distributed.is_initialized() and layout.resolve(torch.distributed.get_world_size()) != groups._active:
-        from megatron.core import parallel_state
-
-        parallel_state.destroy_model_parallel()
-        groups._active = None
+        leave_layout()
     groups.initialize(layout)
 
 

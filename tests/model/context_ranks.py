@@ -11,6 +11,7 @@ from model_ranks import part_of, whole
 from megatron_qwen.model import ring_attention
 from megatron_qwen.model.config import QwenConfig
 from megatron_qwen.parallel.layout import ParallelLayout
+from megatron_qwen.testing.ranks import leave_layout
 
 BATCH, LENGTH = 2, 48
 # Of packed sequences: multiples of 2 cp = 8, neighbours of one length, empty ones in between and at the end.
@@ -114,8 +115,6 @@ def watch_positions(config: QwenConfig) -> list[list[int]]:
 
 def gradients_of_all(cases: list[tuple[Case, dict[str, torch.Tensor]]]) -> list[dict[str, Any]]:
     """Run cases one after another, each in its own layout, over one process group; results without the weights."""
-    from megatron.core import parallel_state
-
     from megatron_qwen.parallel import groups
 
     results = []
@@ -123,8 +122,7 @@ def gradients_of_all(cases: list[tuple[Case, dict[str, torch.Tensor]]]) -> list[
         groups.initialize(case.layout)
         result = gradients(case, weights)
         results.append({name: result[name] for name in ("loss", "grads", "positions")})
-        parallel_state.destroy_model_parallel()
-        groups._active = None
+        leave_layout()
     return results
 
 
@@ -215,10 +213,7 @@ def attention_of_all(jobs: list[tuple[Heads, str]], sizes: tuple[int, ...]) -> l
         everyone = [dist.new_group(list(range(first, first + size))) for first in range(0, world, size)]
         mine = everyone[dist.get_rank() // size]
         results.append([attention_of_rank(each, kind, mine) for each, kind in jobs])
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
-    groups._active = None
+    leave_layout()
     return results
 
 

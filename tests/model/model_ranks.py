@@ -8,6 +8,7 @@ import torch
 
 from megatron_qwen.model.config import QwenConfig
 from megatron_qwen.parallel.layout import ParallelLayout
+from megatron_qwen.testing.ranks import leave_layout
 
 
 def gradients(
@@ -37,8 +38,6 @@ def gradients_of_all(
     cases: list[tuple[QwenConfig, dict[str, torch.Tensor], ParallelLayout, dict[str, Any]]],
 ) -> list[dict[str, Any]]:
     """Run `gradients` for several models, layouts and overrides in one set of ranks."""
-    from megatron.core import parallel_state
-
     from megatron_qwen.parallel import groups
 
     results = []
@@ -46,8 +45,7 @@ def gradients_of_all(
         groups.initialize(layout)
         results.append(gradients(config, layout, weights, **overrides))
         # Another layout over the same process group: quicker than new processes.
-        parallel_state.destroy_model_parallel()
-        groups._active = None
+        leave_layout()
     return results
 
 

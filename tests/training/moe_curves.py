@@ -10,6 +10,7 @@ from unittest import mock
 
 from torch.nn import functional
 
+from megatron_qwen.testing.ranks import leave_layout
 from megatron_qwen.training.recipe import Recipe
 
 Curves = dict[str, list[float]]
@@ -47,14 +48,10 @@ def _with_megatrons(recipe: Recipe) -> Curves:
 
 def train_one(recipe: Recipe) -> Curves:
     """Train a recipe; return what its log says of every step."""
-    from megatron.core import parallel_state
-
-    from megatron_qwen.parallel import groups
     from megatron_qwen.training.loop import train
 
     train(recipe, resume=False)
     lines = [json.loads(line) for line in (Path(recipe.out) / "metrics.jsonl").read_text().splitlines()]
     # Another layout over the same process group: quicker than new processes.
-    parallel_state.destroy_model_parallel()
-    groups._active = None
+    leave_layout()
     return {name: [line[name] for line in lines] for name in ("loss", "aux_loss", "grad_norm")}

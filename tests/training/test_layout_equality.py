@@ -10,7 +10,7 @@ import pytest
 
 from megatron_qwen.model.config import DualChunkAttention
 from megatron_qwen.recipes.pretrain import pretrain
-from megatron_qwen.testing.ranks import run_ranks
+from megatron_qwen.testing.ranks import leave_layout, run_ranks
 from megatron_qwen.testing.tiny import tiny_dense, tiny_moe, write_tiny_hf
 from megatron_qwen.training.overrides import apply_overrides
 from megatron_qwen.training.recipe import Recipe
@@ -92,9 +92,6 @@ def recipe_of(folder: str, data: str, tokenizer: str, out: str, changes: Sequenc
 
 def train_each(recipes: list[Recipe]) -> list[Curves]:
     """Run recipes one after another in the same processes; return their curves."""
-    from megatron.core import parallel_state
-
-    from megatron_qwen.parallel import groups
     from megatron_qwen.training.loop import train
 
     curves = []
@@ -104,8 +101,7 @@ def train_each(recipes: list[Recipe]) -> list[Curves]:
         names = [name for name in ("loss", "aux_loss", "grad_norm") if name in lines[0]]
         curves.append({name: [line[name] for line in lines] for name in names})
         # Another layout over the same process group: quicker than new processes.
-        parallel_state.destroy_model_parallel()
-        groups._active = None
+        leave_layout()
     return curves
 
 

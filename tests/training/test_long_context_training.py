@@ -15,7 +15,7 @@ from megatron_qwen.errors import ConfigError
 from megatron_qwen.model.config import DualChunkAttention, QwenConfig, YarnScaling
 from megatron_qwen.parallel.layout import ParallelLayout
 from megatron_qwen.recipes.pretrain import pretrain
-from megatron_qwen.testing.ranks import run_ranks
+from megatron_qwen.testing.ranks import leave_layout, run_ranks
 from megatron_qwen.testing.tiny import tiny_dense, write_tiny_hf
 from megatron_qwen.training.batches import BatchPlan, stack_samples, step_batches
 from megatron_qwen.training.overrides import apply_overrides
@@ -49,8 +49,6 @@ def losses_of(out: str) -> list[float]:
 
 def train_whole_and_in_parts(whole: Recipe, parts: Recipe, moved: Recipe) -> dict[str, Any]:
     """Train in one go; stopped and resumed; and resumed at another layout. Returns losses and final weights."""
-    from megatron.core import parallel_state
-
     from megatron_qwen.parallel import groups
     from megatron_qwen.training.loop import train
 
@@ -60,8 +58,7 @@ def train_whole_and_in_parts(whole: Recipe, parts: Recipe, moved: Recipe) -> dic
         shutil.copytree(parts.out, moved.out)
     torch.distributed.barrier()
     train(parts)
-    parallel_state.destroy_model_parallel()
-    groups._active = None
+    leave_layout()
     train(moved)
     return {name: losses_of(recipe.out) for name, recipe in (("whole", whole), ("parts", parts), ("moved", moved))}
 

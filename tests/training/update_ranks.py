@@ -9,6 +9,7 @@ import torch
 
 from megatron_qwen.model.config import QwenConfig
 from megatron_qwen.parallel.layout import ParallelLayout
+from megatron_qwen.testing.ranks import leave_layout
 
 SEQ_LENGTH, STEPS, MICROBATCHES = 16, 2, 2
 # An Adam that is nearly linear in the gradient: the usual one divides a gradient of rounding errors by its own size.
@@ -27,15 +28,12 @@ def steps_of_layouts(cases: list[tuple[QwenConfig, ParallelLayout, list[str]]]) 
 
 def both_ways(config: QwenConfig, layout: ParallelLayout, settings: list[str]) -> dict[str, Any]:
     """Return losses, gradient norms, weights and last gradients, as (ours, Megatron's) pairs by name."""
-    from megatron.core import parallel_state
-
     from megatron_qwen.parallel import groups
 
     layout = groups.initialize(layout)
     ours, megatrons = (train(config, layout, settings, is_plain=is_plain) for is_plain in (False, True))
     # Another layout over the same process group: quicker than new processes.
-    parallel_state.destroy_model_parallel()
-    groups._active = None
+    leave_layout()
     return {name: (ours[name], megatrons[name]) for name in ours}
 
 
