@@ -1,7 +1,7 @@
 """Bitmaps of an index in Triton, three per head: distances in slashes, vertical columns, keys in blocks of a tile.
 
-K bits each, so 48 KiB per head at 131,072 tokens. Bit b of a bitmap stands for number b - PAD, as distances and places
-relative to a tile begin below 0.
+K bits each, so 48 KiB per head at 131,072 tokens. Bit b of a bitmap stands for number b - PAD, as places relative to a
+tile begin below 0. Distances come in descending order, as keys ascend then: bit b is distance 64 W - 1 - 2 PAD - b.
 
 Shapes: H query heads, W words of 64 bits.
 """
@@ -70,11 +70,12 @@ def bitmap_kernel(
     """Write words of the three bitmaps of a head, out [H, 3, W]."""
     head = tl.program_id(1)
     first_word = tl.program_id(0) * WORDS
-    number = (first_word + tl.arange(0, WORDS))[:, None] * 64 + tl.arange(0, 64)[None, :] - PAD
+    bit = (first_word + tl.arange(0, WORDS))[:, None] * 64 + tl.arange(0, 64)[None, :]
+    number = bit - PAD
     out_ptr += head.to(tl.int64) * 3 * words
     begin, end = tl.load(slash_bounds_ptr + head), tl.load(slash_bounds_ptr + head + 1)
     # Ends of slashes ascend strictly, so an odd number of them at or below a distance means: inside of one.
-    crossed = count_below(slashes_ptr + 2 * begin, (2 * (end - begin)).to(tl.int32), number + 1, steps)
+    crossed = count_below(slashes_ptr + 2 * begin, (2 * (end - begin)).to(tl.int32), words * 64 - 2 * PAD - bit, steps)
     _store_words(out_ptr + SLASH * words, first_word, words, crossed % 2, WORDS)
     begin, end = tl.load(vertical_bounds_ptr + head), tl.load(vertical_bounds_ptr + head + 1)
     count = (end - begin).to(tl.int32)
@@ -89,7 +90,7 @@ def bitmap_kernel(
 
 def bitmaps(index: SparseIndex, blocks: TileBlocks, keys: int) -> torch.Tensor:
     """Return the bitmaps of all heads, int64 [H, 3, W], with room for a window behind every key."""
-    words = triton.cdiv(index.length + 3 * PAD, 64)
+    words = triton.cdiv(index.length + 4 * PAD, 64)
     out = torch.empty((index.heads, 3, words), dtype=torch.int64, device=index.slashes.device)
     room = blocks.starts.shape[-1]
     # A head has no more ends of slashes than distances and one more.

@@ -22,7 +22,7 @@ from ..dual_chunk_attention.rotation import Rotation
 from ..qkv_rope.reference import rotate
 from .arguments import OP, checked_sequence
 from .configuration import HeadBudget
-from .index import SparseIndex, intervals
+from .index import SparseIndex, on_device
 
 LAST_ROWS = 64
 """Rows that are scored: `sparse_attention_last_q`."""
@@ -32,7 +32,9 @@ FORCED_DISTANCES = 100
 """The nearest so many keys of every row are always kept, as far as the budget of slashes goes."""
 FEWEST_SLASHES = 50
 TILE = 16
-"""Rows whose logits are held: 64 MiB for a head over a million keys."""
+"""Rows whose logits are held for as many heads as LOGITS allows, and at least one: 64 MiB over a million keys."""
+LOGITS = 1 << 25
+"""128 MiB, so two groups of heads for 28 over 131,072 keys."""
 
 
 def estimate_index(
@@ -50,7 +52,9 @@ def estimate_index(
 ) -> SparseIndex:
     """Return what to keep for some rows of one sequence, from the last of them; no gradient.
 
-    Memory beside the index: rotated keys (unless keys_rotated), 2 K numbers of fp32 and TILE rows of logits.
+    On a GPU nothing waits for the device, and the number of launches does not depend on that of rows or of keys, and on
+    that of heads only where LOGITS makes several groups of them. Memory beside the index: rotated keys (unless
+    keys_rotated), and of a group 2 K numbers of fp32 per head and some copies of TILE rows of logits.
 
     Args:
         q: [S, H, D], as `sparse_prefill_attention` takes it.
@@ -79,11 +83,13 @@ def estimate_index(
     )
     if len(budgets) != q.shape[1]:
         raise ConfigError(f"{OP}: {len(budgets)} budgets; expected {q.shape[1]}, one per query head")
-    chosen = [
-        select(*sums, budget, merge_gap)
-        for sums, budget in zip(attention_sums(q, k, request, last_rows), budgets, strict=True)
-    ]
-    return SparseIndex.of_heads(k.shape[0], [each[0] for each in chosen], [each[1] for each in chosen])
+    wanted = [[_columns(each) for each in budgets], [max(each.slashes, FEWEST_SLASHES) for each in budgets]]
+    counts = [[min(each, k.shape[0]) for each in numbers] for numbers in wanted]
+    chosen: list[list[torch.Tensor]] = [[], []]
+    for heads, sums in _sums_of_heads(q, k, request, last_rows):
+        for kind, forced in enumerate((FORCED_COLUMNS, FORCED_DISTANCES)):
+            chosen[kind].append(_largest(sums[kind], counts[kind][heads], forced))
+    return SparseIndex.of_numbers(k.shape[0], *map(torch.cat, chosen), *counts, merge_gap)
 
 
 def attention_sums(
@@ -94,40 +100,67 @@ def attention_sums(
     Raises:
         ConfigError: last_rows is not positive, or the tables lack an unclamped position.
     """
+    for _, sums in _sums_of_heads(q_SHD, k_KGD, request, last_rows):
+        yield from zip(*sums, strict=True)
+
+
+def _sums_of_heads(
+    q_SHD: torch.Tensor, k_KGD: torch.Tensor, request: AttentionRequest, last_rows: int
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield groups of query heads with their sums by column and by distance, [2, heads, K]."""
     if last_rows < 1:
         raise ConfigError(f"{OP}: last_rows is {last_rows}; expected 1 or more")
     rows, length = q_SHD.shape[0], k_KGD.shape[0]
     first = max(rows - last_rows, 0)
     _check_tables(request, first, rows)
     each = Sequences(slice(0, rows), slice(0, length), request.query_start, 0)
-    keys_KGD = Rotation(request, each, q_SHD.device).keys(k_KGD.unsqueeze(0))[0]
-    shared = q_SHD.shape[1] // k_KGD.shape[1]
-    for head in range(q_SHD.shape[1]):
-        sums = keys_KGD.new_zeros((2, length), dtype=torch.promote_types(q_SHD.dtype, torch.float32))
+    keys_GKD = Rotation(request, each, q_SHD.device).keys(k_KGD.unsqueeze(0))[0].transpose(0, 1)
+    most = max(LOGITS // (TILE * max(length, 1)), 1)
+    for heads, groups in _groups_of_heads(q_SHD.shape[1], k_KGD.shape[1], most):
+        wide = torch.promote_types(q_SHD.dtype, torch.float32)
+        sums = keys_GKD.new_zeros((2, heads.stop - heads.start, length), dtype=wide)
         for start in range(first, rows, TILE):
             end = min(start + TILE, rows)
-            _add_rows(q_SHD[start:end, head], keys_KGD[:, head // shared], request, start, sums)
-        yield sums[0], sums[1]
+            _add_rows(q_SHD[start:end, heads], keys_GKD[groups], request, start, sums)
+        yield heads, sums
+
+
+def _groups_of_heads(heads: int, groups: int, most: int) -> Iterator[tuple[slice, slice]]:
+    """Yield query heads, at most so many at once, with their key heads: all of several, or some of one."""
+    shared = heads // groups
+    several = max(most // shared, 1)
+    for first in range(0, groups, several):
+        last = min(first + several, groups)
+        step = (last - first) * shared if most >= shared else most
+        for head in range(first * shared, last * shared, step):
+            yield slice(head, min(head + step, last * shared)), slice(first, last)
 
 
 def _add_rows(
-    q_RD: torch.Tensor, keys_KD: torch.Tensor, request: AttentionRequest, start: int, sums: torch.Tensor
+    q_RHD: torch.Tensor, keys_GKD: torch.Tensor, request: AttentionRequest, start: int, sums_2HK: torch.Tensor
 ) -> None:
     """Add the probabilities of some rows to the sums by column and by distance; `start` is the first row's number."""
+    rows, heads = q_RHD.shape[:2]
     first = start + request.query_start
-    last = first + q_RD.shape[0]
-    logits_RK = sums.new_full((last - first, last), -torch.inf)
+    last, width = first + rows, first + 2 * rows - 1
+    # As many columns before the keys as make a diagonal of every distance.
+    padded_HRW = sums_2HK.new_full((heads, rows, width), -torch.inf)
+    logits_HRK = padded_HRW[:, :, rows - 1 :]
     for group in _groups(request.chunks, first, last):
-        rows = slice(group.start - first, group.stop - first)
+        of_group = slice(group.start - first, group.stop - first)
         for keys, shift in _segments(request.chunks, group):
-            query = _turned(q_RD[rows], slice(group.start + shift, group.stop + shift), request, start + rows.start)
-            logits_RK[rows, keys] = (query @ keys_KD[keys].t()).to(sums.dtype) * request.scale
-    positions = torch.arange(last, device=q_RD.device)
-    probabilities = logits_RK.masked_fill_(positions > positions[first:, None], -torch.inf).softmax(-1)
-    sums[0, :last] += probabilities.sum(0)
-    for row in range(last - first):
-        visible = first + row + 1
-        sums[1, :visible] += probabilities[row, :visible].flip(0)
+            positions = slice(group.start + shift, group.stop + shift)
+            queries_RHD = _turned(q_RHD[of_group], positions, request, start + of_group.start)
+            queries = queries_RHD.transpose(0, 1).reshape(len(keys_GKD), -1, q_RHD.shape[2])
+            products = queries @ keys_GKD[:, keys].transpose(1, 2)
+            logits_HRK[:, of_group, keys] = products.view(heads, -1, products.shape[-1]).to(sums_2HK.dtype)
+    row = torch.arange(rows, device=q_RHD.device)
+    logits_HRK[:, :, first:].masked_fill_(row > row[:, None], -torch.inf)
+    padded_HRW = padded_HRW.mul_(request.scale).softmax(-1)
+    sums_2HK[0, :, :last] += padded_HRW[:, :, rows - 1 :].sum(1)
+    # Row r has distance d in column last - 1 - d + r: one number and one row on is the next of the diagonal.
+    diagonals_HRK = padded_HRW.as_strided((heads, rows, last), (rows * width, width + 1, 1))
+    sums_2HK[1, :, :last] += diagonals_HRK.sum(1).flip(-1)
 
 
 def _groups(chunks: ChunkLayout | None, first: int, last: int) -> Iterator[slice]:
@@ -152,15 +185,15 @@ def _segments(chunks: ChunkLayout | None, rows: slice) -> list[tuple[slice, int]
     return [(keys, shift) for keys, shift in spans if keys.start < keys.stop]
 
 
-def _turned(query_RD: torch.Tensor, positions: slice, request: AttentionRequest, row: int) -> torch.Tensor:
-    """Rows of one query head at neighbouring positions, times their logit_scale; computed wide, rounded once."""
-    dtype = query_RD.dtype
+def _turned(query_RHD: torch.Tensor, positions: slice, request: AttentionRequest, row: int) -> torch.Tensor:
+    """Rows of queries at neighbouring positions, times their logit_scale; computed wide, rounded once."""
+    dtype = query_RHD.dtype
     if request.tables is not None:
-        cos, sin = (table[positions] for table in request.tables)
-        query_RD = rotate(query_RD.to(cos.dtype), cos, sin)
+        cos, sin = (table[positions].unsqueeze(1) for table in request.tables)
+        query_RHD = rotate(query_RHD.to(cos.dtype), cos, sin)
     if request.logit_scale is not None:
-        query_RD = query_RD * request.logit_scale[row : row + len(query_RD), None]
-    return query_RD.to(dtype)
+        query_RHD = query_RHD * request.logit_scale[row : row + len(query_RHD), None, None]
+    return query_RHD.to(dtype)
 
 
 def _check_tables(request: AttentionRequest, first: int, rows: int) -> None:
@@ -189,14 +222,35 @@ def select(
         budget: of the head. At least 30 columns and 50 distances are kept; of exactly 30 columns vLLM makes 130.
         merge_gap: see `intervals`.
     """
-    verticals = budget.verticals + 100 if budget.verticals == FORCED_COLUMNS else max(budget.verticals, FORCED_COLUMNS)
-    kept = _largest(columns, verticals, FORCED_COLUMNS)
-    near = _largest(distances, max(budget.slashes, FEWEST_SLASHES), FORCED_DISTANCES)
-    return kept, intervals(near, len(distances), merge_gap)
+    length = len(distances)
+    counts = [min(each, length) for each in (_columns(budget), max(budget.slashes, FEWEST_SLASHES))]
+    kept = _largest(columns.unsqueeze(0), counts[:1], FORCED_COLUMNS)
+    near = _largest(distances.unsqueeze(0), counts[1:], FORCED_DISTANCES)
+    return kept, SparseIndex.of_numbers(length, kept, near, counts[:1], counts[1:], merge_gap).of_head(0)[1]
 
 
-def _largest(sums: torch.Tensor, count: int, forced: int) -> torch.Tensor:
-    """Return the numbers of the largest sums, ascending; the first `forced` of them come before any other."""
-    forced = min(forced, count, len(sums))
-    order = sums[forced:].sort(descending=True, stable=True).indices[: count - forced] + forced
-    return torch.cat([torch.arange(forced, device=sums.device), order]).sort().values
+def _columns(budget: HeadBudget) -> int:
+    return budget.verticals + 100 if budget.verticals == FORCED_COLUMNS else max(budget.verticals, FORCED_COLUMNS)
+
+
+def _largest(sums_HK: torch.Tensor, counts: Sequence[int], forced: int) -> torch.Tensor:
+    """Return the numbers of so many largest sums of each head, ascending, one head after the other.
+
+    The first `forced` come before any other, equal sums in their order. By a threshold instead of a sort, which of 28
+    heads and 131,072 keys would take more than all the rest of the index.
+    """
+    heads, length = sums_HK.shape
+    total = sum(counts)
+    if not total:
+        return torch.zeros(0, dtype=torch.int64, device=sums_HK.device)
+    sums_HK = sums_HK.clone()
+    sums_HK[:, :forced] = torch.inf
+    best = sums_HK.topk(max(counts), -1).values
+    threshold = torch.stack([of_head[count - 1] for of_head, count in zip(best, counts, strict=True)]).unsqueeze(1)
+    is_above, is_equal = sums_HK > threshold, sums_HK == threshold
+    left = on_device(counts, sums_HK.device).unsqueeze(1) - is_above.sum(1, keepdim=True)
+    is_kept = (is_above | (is_equal & (is_equal.cumsum(1) <= left))).flatten()
+    place = torch.where(is_kept, is_kept.cumsum(0) - 1, total).clamp(max=total)
+    number = torch.arange(length, device=sums_HK.device).repeat(heads)
+    # Zeros: of sums that are no numbers nothing would be written, and the lists must not lead outside of the keys.
+    return number.new_zeros(total + 1).scatter_(0, place, number)[:total]

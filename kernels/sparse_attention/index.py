@@ -64,6 +64,47 @@ class SparseIndex:
         return cls(length, columns, bounds[0], distances.view(-1, 2), bounds[1])
 
     @classmethod
+    def of_numbers(
+        cls,
+        length: int,
+        columns: torch.Tensor,
+        distances: torch.Tensor,
+        column_counts: Sequence[int],
+        distance_counts: Sequence[int],
+        merge_gap: int = 0,
+    ) -> SparseIndex:
+        """Put together columns and distances of all heads, without waiting for the device.
+
+        Args:
+            length: number of keys.
+            columns: int64 [V], ascending within a head, one head after the other.
+            distances: int64, likewise; neighbouring ones become intervals, see `intervals`.
+            column_counts: how many columns each head has.
+            distance_counts: how many distances.
+            merge_gap: see `intervals`.
+
+        Raises:
+            ConfigError: merge_gap is negative, or as the class.
+        """
+        _check_gap(merge_gap)
+        offsets = [
+            on_device([0, *itertools.accumulate(each)], columns.device) for each in (column_counts, distance_counts)
+        ]
+        total = len(distances)
+        head = torch.searchsorted(offsets[1][1:], torch.arange(total, device=columns.device), right=True)
+        # So far apart that no interval goes on in the next head.
+        is_cut = (distances + head * (2 * length + merge_gap)).diff() > merge_gap + 1
+        end = is_cut.new_ones(min(total, 1))
+        begins, ends = torch.cat([end, is_cut]), torch.cat([is_cut, end])
+        so_far = begins.cumsum(0)
+        slashes = distances.new_zeros((total + 1, 2))
+        for side, (is_side, numbers) in enumerate(((begins, distances), (ends, distances + 1))):
+            slashes[:, side].scatter_(0, torch.where(is_side, so_far - 1, total), numbers)
+        bounds = torch.cat([so_far.new_zeros(1), so_far])[offsets[1]]
+        found = slashes[: int(bounds[-1])] if columns.is_cpu else slashes[:total]
+        return cls(length, columns.to(torch.int32), offsets[0], found.to(torch.int32), bounds)
+
+    @classmethod
     def full(cls, length: int, heads: int, device: torch.device | None = None) -> SparseIndex:
         """The index that keeps every visible pair."""
         everything = torch.tensor([[0, length]] if length else [], dtype=torch.int32, device=device).view(-1, 2)
@@ -136,8 +177,7 @@ def intervals(distances: torch.Tensor, length: int, merge_gap: int = 0) -> torch
     Raises:
         ConfigError: merge_gap is negative, or a distance is out of range or order.
     """
-    if merge_gap < 0:
-        raise ConfigError(f"sparse index: merge_gap is {merge_gap}; expected 0 or more")
+    _check_gap(merge_gap)
     if not len(distances):
         return distances.new_zeros((0, 2), dtype=torch.int32)
     steps = distances.diff()
@@ -147,3 +187,14 @@ def intervals(distances: torch.Tensor, length: int, merge_gap: int = 0) -> torch
     first = torch.cat([distances[:1], distances[1:][is_cut]])
     last = torch.cat([distances[:-1][is_cut], distances[-1:]]) + 1
     return torch.stack([first, last], -1).to(torch.int32)
+
+
+def _check_gap(merge_gap: int) -> None:
+    if merge_gap < 0:
+        raise ConfigError(f"sparse index: merge_gap is {merge_gap}; expected 0 or more")
+
+
+def on_device(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Return int64 [n]; from pinned memory, as a copy from any other waits for what the device has to do."""
+    is_gpu = device.type == "cuda"
+    return torch.tensor(numbers, dtype=torch.int64, pin_memory=is_gpu).to(device, non_blocking=is_gpu)

@@ -29,7 +29,6 @@ from ..dual_chunk_attention.tile_lists import strides, tiles_of_queries
 from ..dual_chunk_attention.tiles import (
     IS_INTERPRETED,
     constants,
-    is_before_hopper,
     keys_of_segment,
     load_halves,
     load_queries,
@@ -83,15 +82,16 @@ def _pick(vector, at, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _fold(q1, q2, k1, k2, v, kept, row_scale, largest, total, out, MASKED: tl.constexpr, WIDENS: tl.constexpr):
-    """Fold keys [B] into the softmax of rows [R]; kept [R, B]: which pairs count, where MASKED."""
-    dtype = v.dtype
+def _logits(q1, q2, k1, k2, WIDENS: tl.constexpr):
+    """Return products of rows [R] and keys [B], both in halves."""
     if WIDENS:
-        k1, k2, v = k1.to(tl.float32), k2.to(tl.float32), v.to(tl.float32)
-    logits = tl.dot(q1, k1.T, input_precision="ieee")
-    logits = tl.dot(q2, k2.T, logits, input_precision="ieee")
-    if MASKED:
-        logits = tl.where(kept, logits, float("-inf"))
+        k1, k2 = k1.to(tl.float32), k2.to(tl.float32)
+    return tl.dot(q2, k2.T, tl.dot(q1, k1.T, input_precision="ieee"), input_precision="ieee")
+
+
+@triton.jit
+def _fold(logits, v, row_scale, largest, total, out, WIDENS: tl.constexpr):
+    """Fold logits [R, B], -inf where a pair does not count, into the softmax."""
     new_largest = tl.maximum(largest, tl.max(logits, axis=1) * row_scale)
     # A row that has not met a key: exp2(-inf - 0) is 0 where exp2(-inf - -inf) would be NaN.
     finite = tl.where(new_largest == float("-inf"), 0.0, new_largest)
@@ -99,23 +99,26 @@ def _fold(q1, q2, k1, k2, v, kept, row_scale, largest, total, out, MASKED: tl.co
     decay = tl.exp2(largest - finite)
     total = total * decay + tl.sum(probabilities, axis=1)
     out = out * decay[:, None]
-    out = tl.dot(probabilities.to(dtype).to(v.dtype), v, out, input_precision="ieee")
-    return new_largest, total, out
+    probabilities = probabilities.to(v.dtype)
+    if WIDENS:
+        probabilities, v = probabilities.to(tl.float32), v.to(tl.float32)
+    return new_largest, total, tl.dot(probabilities, v, out, input_precision="ieee")
 
 
 @triton.jit
-def _kept_of_block(
-    slash_ptr, vertical_ptr, x, key, position, row, low, high, PAD: tl.constexpr, BLOCK_KEYS: tl.constexpr
-):
-    """Return which pairs of a block at x with keys `key` ... count [R, B], and which keys are of the segment [B]."""
-    column = tl.arange(0, BLOCK_KEYS)
-    is_key = (key + column >= low) & (key + column < high)
-    # Row r is x + r + BLOCK_KEYS - 1 - column away from a column.
-    bit = (BLOCK_KEYS - 1 - column).to(tl.uint64)
-    in_slash = (window(slash_ptr, x + row + PAD)[:, None] >> bit[None, :]) & 1
-    is_vertical = (window(vertical_ptr, key + PAD) >> column.to(tl.uint64)) & 1
-    is_seen = (is_vertical != 0)[None, :] & ((key + column)[None, :] <= position[:, None])
-    return ((in_slash != 0) | is_seen) & is_key[None, :], is_key
+def _ones(count):
+    """Return words whose first `count` bits are set; counts below 0 and above 64 are none and all."""
+    none = tl.zeros_like(count).to(tl.uint64)
+    some = ((none + 1) << tl.minimum(tl.maximum(count, 0), 63).to(tl.uint64)) - 1
+    return tl.where(count > 63, ~none, some)
+
+
+@triton.jit
+def _kept_of_block(bitmaps_ptr, words, x, key, row, low, high, begin, PAD: tl.constexpr, BLOCK_KEYS: tl.constexpr):
+    """Return for each row the keys of a block at x that count, bit c for key + c."""
+    in_slash = window(bitmaps_ptr, (SLASH + 1) * words * 64 - 2 * PAD - x - BLOCK_KEYS - row)
+    is_seen = window(bitmaps_ptr, VERTICAL * words * 64 + PAD + key) & _ones(begin + row - key + 1)
+    return (in_slash | is_seen) & _ones(row * 0 + high - key) & ~_ones(row * 0 + low - key)
 
 
 # A size of 1 would become a Python constant, which has no dtype.
@@ -140,18 +143,25 @@ def sparse_forward_kernel(
     head_q, head_k = head.to(tl.int64), (head // GROUP).to(tl.int64)
     q_base = q_ptr + head_q * q_head + first_row * q_row
     k_base, v_base = k_ptr + head_k * k_head, v_ptr + head_k * v_head
-    starts_ptr, counts_ptr = starts_ptr + head_q * (2 * room + 1), counts_ptr + 2 * head
-    slash_ptr = bitmaps_ptr + (3 * head_q + SLASH) * words
-    vertical_ptr = bitmaps_ptr + (3 * head_q + VERTICAL) * words
-    covered_ptr = bitmaps_ptr + (3 * head_q + COVERED) * words
-    columns_begin = tl.load(bounds_ptr + head)
-    columns_ptr += columns_begin
+    # Offsets of 32 bits instead of pointers: a register each.
+    bitmaps_ptr += 3 * head_q * words
+    starts_begin, columns_begin = head * (2 * room + 1), tl.load(bounds_ptr + head).to(tl.int32)
     ends = _ends_of_blocks(
-        starts_ptr, counts_ptr, room, steps, begin, chunk_begin, end, stride, query_start, rows_k, BLOCK_KEYS
+        starts_ptr + starts_begin,
+        counts_ptr + 2 * head,
+        room,
+        steps,
+        begin,
+        chunk_begin,
+        end,
+        stride,
+        query_start,
+        rows_k,
+        BLOCK_KEYS,
     )
     ends_of_columns = _ends_of_columns(
-        columns_ptr, (tl.load(bounds_ptr + head + 1) - columns_begin).to(tl.int32), steps, begin, chunk_begin, end,
-        stride, query_start, rows_k, BLOCK_KEYS,
+        columns_ptr + columns_begin, tl.load(bounds_ptr + head + 1).to(tl.int32) - columns_begin, steps, begin,
+        chunk_begin, end, stride, query_start, rows_k, BLOCK_KEYS,
     )  # fmt: skip
     row_scale = tl.full([BLOCK_QUERIES], 1.0, tl.float32) * scale
     if logit_scale_ptr is not None:
@@ -171,42 +181,48 @@ def sparse_forward_kernel(
             inner, outer = _pick(ends, lane + 2, 4 * _ENDS), _pick(ends, lane + 3, 4 * _ENDS)
             outer = tl.maximum(outer, inner)
             for number in tl.range(inner, outer, num_stages=STAGES):
-                key = tl.cast(begin - tl.load(starts_ptr + number) - (BLOCK_KEYS - 1), tl.int64)
+                key = tl.cast(begin - tl.load(starts_ptr + (starts_begin + number)) - (BLOCK_KEYS - 1), tl.int64)
                 k_ptrs = k_base + key * k_row + column[:, None] * k_row + tl.arange(0, HALF)[None, :]
                 v_ptrs = v_base + key * v_row + column[:, None] * v_row + tl.arange(0, 2 * HALF)[None, :]
-                largest, total, out = _fold(
-                    q1, q2, tl.load(k_ptrs), tl.load(k_ptrs + HALF), tl.load(v_ptrs), None, row_scale, largest, total,
-                    out, False, WIDENS,
-                )  # fmt: skip
+                logits = _logits(q1, q2, tl.load(k_ptrs), tl.load(k_ptrs + HALF), WIDENS)
+                largest, total, out = _fold(logits, tl.load(v_ptrs), row_scale, largest, total, out, WIDENS)
             # Partial blocks, then whole ones that the later and the earlier end of the segment cut.
             first_partial, cut = _pick(ends, lane + 4, 4 * _ENDS), inner - first
             partial = _pick(ends, lane + 5, 4 * _ENDS) - first_partial
             for number in tl.range(0, partial + cut + last - outer, num_stages=2):
-                of_whole = tl.where(number < partial + cut, first - partial, outer - partial - cut)
-                at = number + tl.where(number < partial, room + first_partial, of_whole)
-                x = tl.load(starts_ptr + at)
-                key = begin - x - (BLOCK_KEYS - 1)
-                kept, is_key = _kept_of_block(
-                    slash_ptr, vertical_ptr, x, key, position, row, low, high, PAD, BLOCK_KEYS
+                at = tl.where(
+                    number < partial, room + first_partial + number, tl.where(number < partial + cut, first, outer)
                 )
+                x = tl.load(starts_ptr + (starts_begin + at))
+                key = begin - x - (BLOCK_KEYS - 1)
+                words_of_rows = _kept_of_block(bitmaps_ptr, words, x, key, row, low, high, begin, PAD, BLOCK_KEYS)
+                is_key = (key + column >= low) & (key + column < high)
                 offset = tl.cast(key, tl.int64)
                 k1, k2 = load_halves(k_base + offset * k_row, column, k_row, is_key, HALF)
                 v_ptrs = v_base + offset * v_row + column[:, None] * v_row + tl.arange(0, 2 * HALF)[None, :]
                 v = tl.load(v_ptrs, mask=is_key[:, None], other=0.0)
-                largest, total, out = _fold(q1, q2, k1, k2, v, kept, row_scale, largest, total, out, True, WIDENS)
+                logits = _logits(q1, q2, k1, k2, WIDENS)
+                # Behind the product: 32 flags of a thread would be held through it.
+                early, late = words_of_rows.to(tl.uint32), (words_of_rows >> 32).to(tl.uint32)
+                half = tl.where((column < 32)[None, :], early[:, None], late[:, None])
+                kept = ((half >> (column % 32).to(tl.uint32)[None, :]) & 1) != 0
+                logits = tl.where(kept, logits, float("-inf"))
+                largest, total, out = _fold(logits, v, row_scale, largest, total, out, WIDENS)
             last_column = _pick(ends_of_columns, 2 * segment + 1, 8)
-            for number in tl.range(_pick(ends_of_columns, 2 * segment, 8), last_column, BLOCK_KEYS, num_stages=STAGES):
+            for number in tl.range(_pick(ends_of_columns, 2 * segment, 8), last_column, BLOCK_KEYS, num_stages=2):
                 is_key = number + column < last_column
-                key = tl.load(columns_ptr + number + column, mask=is_key, other=0)
-                at = begin - key + PAD
-                covered = tl.load(covered_ptr + at // 64, mask=is_key, other=0).to(tl.uint64, bitcast=True)
+                key = tl.load(columns_ptr + (columns_begin + number + column), mask=is_key, other=0)
+                at = COVERED * words * 64 + PAD + begin - key
+                covered = tl.load(bitmaps_ptr + at // 64, mask=is_key, other=0).to(tl.uint64, bitcast=True)
                 is_key &= ((covered >> (at % 64).to(tl.uint64)) & 1) == 0
-                kept = is_key[None, :] & (key[None, :] <= position[:, None])
                 offset = key.to(tl.int64)
                 k1, k2 = load_halves(k_base, offset, k_row, is_key, HALF)
                 v_ptrs = v_base + offset[:, None] * v_row + tl.arange(0, 2 * HALF)[None, :]
                 v = tl.load(v_ptrs, mask=is_key[:, None], other=0.0)
-                largest, total, out = _fold(q1, q2, k1, k2, v, kept, row_scale, largest, total, out, True, WIDENS)
+                logits = _logits(q1, q2, k1, k2, WIDENS)
+                kept = tl.where(is_key, key, stride * 2)[None, :] <= position[:, None]
+                logits = tl.where(kept, logits, float("-inf"))
+                largest, total, out = _fold(logits, v, row_scale, largest, total, out, WIDENS)
     has_keys = total > 0.0
     out = out / tl.where(has_keys, total, 1.0)[:, None]
     lse = tl.where(has_keys, (largest + tl.log2(tl.where(has_keys, total, 1.0))) * 0.6931471805599453, float("-inf"))
@@ -247,15 +263,16 @@ def launch_forward(
 
 
 def _blocks(q: torch.Tensor) -> dict[str, Any]:
-    """Sizes of tiles and of programs; a bitmap's window is 64 bits, so no more than 64 keys at a time."""
+    """Sizes of tiles and of programs; a bitmap's window is 64 bits, so no more than 64 keys at a time.
+
+    With 64 keys, heads of 128 numbers spill a few registers on sm_90 where there are three segments.
+    """
     is_wide = q.shape[-1] > 64
     if IS_INTERPRETED:
         # So small that short sequences have several.
         return {"BLOCK_QUERIES": 16, "BLOCK_KEYS": 16, "WIDENS": q.dtype == torch.bfloat16, "STAGES": 1}
     if q.dtype == torch.float32:
         queries, keys, stages = 32 if is_wide else 64, 32, 2
-    elif is_before_hopper():
-        queries, keys, stages = 128, 32 if is_wide else 64, 3
     else:
-        queries, keys, stages = 128, 64, 3
+        queries, keys, stages = 128, 32 if is_wide else 64, 3
     return {"BLOCK_QUERIES": queries, "BLOCK_KEYS": keys, "num_warps": 8, "WIDENS": False, "STAGES": stages}
