@@ -237,7 +237,7 @@ def _list_cases(as_json: bool) -> None:
             "about": case.about,
             "directions": list(case.directions),
             "backends": ["reference", *operations.OPERATIONS[case.operation]],
-            "peers": ["torch", "compile", *case.peers],
+            "peers": [*(["torch"] * case.is_plain_timed), *(["compile"] * case.is_compiled), *case.peers],
         }
         for case in all_cases()
     ]

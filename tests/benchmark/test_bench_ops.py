@@ -265,6 +265,8 @@ def test_the_list_names_every_operation_with_its_kernels_and_peers(bench_ops: Co
     assert rows["swiglu"]["directions"] == ["forward", "backward"]
     assert {"reference", "triton"} <= set(rows["swiglu"]["backends"])
     assert {"torch", "compile", "liger"} <= set(rows["swiglu"]["peers"])
+    assert "torch" not in rows["dca_prefill"]["peers"]
+    assert "compile" not in rows["moe_mlp"]["peers"]
     assert "add_rms_norm" in bench_ops("--list").stdout
 
 

@@ -149,6 +149,11 @@ class OpCase:
         """Whether results include the gradients of the leaves."""
         return not (self.in_place or self.is_inference)
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether torch.compile of plain torch takes part."""
+        return self.is_plain_timed and self.is_compilable
+
 
 def results(case: OpCase, workload: Workload, function: Function) -> Results:
     """Return outputs by their names, and gradients of the leaves as "d " + name.
