@@ -63,6 +63,7 @@ void check(const AttentionRowTermsParams& params) {
 void check(const AttentionKeysBackwardParams& params) {
   constexpr const char* kOp = "attention_keys_backward";
   check_inputs(kOp, params.inputs);
+  if (params.turns_back) require_pointer(kOp, "cos", params.inputs.problem.tables.cos);
   require_aligned(kOp, "dk", params.dk, kVectorBytes);
   require_aligned(kOp, "dv", params.dv, kVectorBytes);
 }
