@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from megatron_qwen.cli import bench_ops
+from megatron_qwen.cli.files import make_folder
 from megatron_qwen.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def train(
 
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype: got {dtype!r}, expected one of {DTYPES}")
+    make_folder(out)
     for name, value in (
         ("--seq-length", seq_length),
         ("--micro-batch-size", micro_batch_size),
@@ -141,6 +143,7 @@ def moe(
         raise ConfigError(f"--topk: got {topk}, expected at most --experts ({experts})")
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype: got {dtype!r}, expected one of {DTYPES}")
+    make_folder(out)
     versus = [each.name for each in find_case("moe").contestants[1:]] if vs is None else vs
     setting = {**sizes, "dtype": dtype, "threads": threads or "all", "flops": "6 per weight and token"}
     _show(
@@ -161,6 +164,7 @@ def data(
     """Time `data prepare` against bare `tokenizers.encode_batch` on the same text and processes."""
     from megatron_qwen.benchmark.cases.data_prepare import measure_data
 
+    make_folder(out)
     _show(measure_data(sources, tokenizer, workers=workers, repeats=steps), out, json_output)
 
 
@@ -207,6 +211,7 @@ def convert(
         only=tuple(only or ()),
         scratch=scratch,
     )
+    make_folder(out)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("bench convert", total=bench.num_steps())
         report = bench.run(lambda what: progress.update(task, advance=1, description=what))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megatron_qwen.cli.files import make_folder
 from megatron_qwen.errors import ConfigError, NumericsError
 
 if TYPE_CHECKING:
@@ -161,6 +162,7 @@ def _bench(
 def _run(bench: OpsBench, out: Path | None) -> OpReport:
     from megatron_qwen.benchmark.ops.run import write_report
 
+    make_folder(out)
     command = "megatron-qwen " + shlex.join(sys.argv[1:])
     with _progress(bench.num_steps()) as advance:
         # Written as it goes: a run that is cut off leaves what it had.
@@ -173,7 +175,6 @@ def _run(bench: OpsBench, out: Path | None) -> OpReport:
 
 
 def _keep(report: OpReport, out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
     (out / "ops.json").write_text(report.as_json() + "\n", encoding="utf-8")
 
 

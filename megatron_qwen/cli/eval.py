@@ -19,7 +19,7 @@ from megatron_qwen.cli.eval_report import (
     show_perplexity,
     write_record,
 )
-from megatron_qwen.cli.text_file import read_text
+from megatron_qwen.cli.files import make_folder, read_text
 from megatron_qwen.errors import ConfigError, IncompleteInputError
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def passkey(
     from megatron_qwen.evaluation.passkey import ANSWER_TOKENS, make_case, run_passkey
     from megatron_qwen.parallel import groups
 
+    make_folder(out)
     tokenizer, context = _before_loading(model, engine)
     in_chat = tokenizer.encode(END_OF_TURN) == [tokenizer.eos_id] if chat is None else chat
     cases = [
@@ -115,6 +116,7 @@ def perplexity(
     from megatron_qwen.evaluation.perplexity import cut, loss_by_length, loss_by_window, token_losses
     from megatron_qwen.inference.long_context import LongContext
 
+    make_folder(out)
     tokenizer, context = _before_loading(model, engine)
     pieces = cut(
         tokenizer.encode("".join(read_text("--text", file) for file in text)), length=sizes[-1], samples=samples

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from megatron_qwen.cli.files import make_folder
+
 if TYPE_CHECKING:
     from megatron_qwen.evaluation.passkey import PasskeyAnswer, PasskeyCase
     from megatron_qwen.evaluation.perplexity import WindowLoss
@@ -176,10 +178,9 @@ def write_record(name: str, record: dict[str, Any], out: Path | None) -> None:
     Raises:
         StorageError: it cannot be written.
     """
-    from megatron_qwen.checkpoint.atomic import atomic_write_text, storage_errors
+    from megatron_qwen.checkpoint.atomic import atomic_write_text
 
     if out is None:
         return
-    with storage_errors(f"cannot create {out}"):
-        out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     atomic_write_text(out / f"{name}.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")

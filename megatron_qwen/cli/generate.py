@@ -20,7 +20,7 @@ from megatron_qwen.cli.engine_options import (
     describe_sparse,
     with_engine_options,
 )
-from megatron_qwen.cli.text_file import read_text
+from megatron_qwen.cli.files import read_text
 from megatron_qwen.errors import ConfigError, CorruptInputError, IncompleteInputError
 
 if TYPE_CHECKING:

@@ -23,7 +23,14 @@ from megatron_qwen.benchmark import clock, roofline
 from megatron_qwen.benchmark.ops import norm_cases
 from megatron_qwen.cli import bench_ops as bench_ops_module
 from megatron_qwen.cli.app import build_app
-from megatron_qwen.errors import ConfigError, CorruptInputError, IncompleteInputError, MismatchError, NumericsError
+from megatron_qwen.errors import (
+    ConfigError,
+    CorruptInputError,
+    IncompleteInputError,
+    MismatchError,
+    NumericsError,
+    StorageError,
+)
 
 Command = Callable[..., Result]
 SMALL = ("--op", "rms_norm", "--model", "0.5b", "--seq-length", "9", "--rounds", "2")
@@ -286,6 +293,8 @@ def test_the_list_names_every_operation_with_its_kernels_and_peers(bench_ops: Co
         (("--rounds", "-1"), ConfigError, "expected at least 1"),
         (("--rounds", "0"), ConfigError, "measures nothing; add --check or --sanitize"),
         (("--sanitize-limit", "0"), ConfigError, "--sanitize-limit: got 0"),
+        (("--time-limit", "-1"), ConfigError, "--time-limit: got -1"),
+        (("--op", "swiglu", "--out", "/dev/null/here"), StorageError, "cannot create /dev/null/here"),
         (("--threshold", "much"), ConfigError, "expected a percentage like 5%"),
         (("--device", "tpu"), ConfigError, "expected cpu or cuda"),
         (("--interpreter", "--device", "cuda"), ConfigError, "--interpreter runs on the CPU"),

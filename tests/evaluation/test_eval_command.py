@@ -74,6 +74,7 @@ def test_perplexity_against_plain_attention(folder: Path, tmp_path: Path) -> Non
         (("passkey", "MODEL", "--depths", "0;1"), 2, "--depths: got '0;1', expected numbers separated by commas"),
         (("perplexity", "MODEL", "--text", "MODEL/no.txt"), 3, "no such file"),
         (("perplexity", "MODEL", "--text", "MODEL/config.json", "--lengths", "9999"), 2, "Give a longer text"),
+        (("passkey", "MODEL", "--out", "/dev/null/here"), 4, "cannot create /dev/null/here"),
         (("perplexity", "/none", "--text", "x"), 3, "/none: no such folder"),
         (("passkey", "MODEL", "--trials", "0"), 2, "--trials: got 0"),
         (("passkey", "MODEL", "--dtype", "fp8"), 2, "--dtype: got 'fp8'"),

@@ -74,6 +74,8 @@ class OpsBench:
             raise ConfigError(f"--rounds: got {self.rounds}, expected at least 1, or 0 to measure nothing")
         if self.sanitize_limit <= 0:
             raise ConfigError(f"--sanitize-limit: got {self.sanitize_limit:g}, expected more than 0 seconds")
+        if self.time_limit < 0:
+            raise ConfigError(f"--time-limit: got {self.time_limit:g}, expected seconds, or 0 for none")
         for dtype in self.dtypes:
             if dtype not in DTYPES:
                 raise ConfigError(f"--dtype {dtype!r}: expected one of {', '.join(DTYPES)}")

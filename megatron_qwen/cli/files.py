@@ -1,4 +1,4 @@
-"""Files of text that options name."""
+"""Files and folders that options name."""
 
 from __future__ import annotations
 
@@ -22,3 +22,16 @@ def read_text(option: str, file: Path) -> str:
         raise IncompleteInputError(f"{option} {file}: {error.strerror}; expected a text file") from None
     except UnicodeDecodeError as error:
         raise CorruptInputError(f"{option} {file}: not UTF-8 text: {error}") from error
+
+
+def make_folder(folder: Path | None) -> None:
+    """Make the folder of an option before work whose results go there: better refused now than after it.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+    from megatron_qwen.checkpoint.atomic import storage_errors
+
+    if folder is not None:
+        with storage_errors(f"cannot create {folder}"):
+            folder.mkdir(parents=True, exist_ok=True)
