@@ -31,11 +31,10 @@ from .tiles import (
     keys_of_segment,
     load_halves,
     load_queries,
-    locate,
+    locate_rows,
     numbers,
     query_position,
     rotations,
-    tile_range,
 )
 
 __all__ = ["launch_backward", "launch_forward"]
@@ -83,22 +82,18 @@ def dca_forward_kernel(
     ROTATES: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, WIDENS: tl.constexpr,
 ):  # fmt: skip
     """Write out and lse of one tile and one head; `scale` is log2(e) times that of the logits."""
-    head = tl.program_id(0) % HEADS
-    index, tile, q_begin, q_len, k_begin, k_len, q_start = locate(
-        tl.program_id(0) // HEADS, tiles_ptr, cu_q_ptr, cu_k_ptr, batch, rows_q, rows_k, query_start, first_tile,
-        -1, PACKED,
+    head, head_k, at, first_row, first_key, q_start, key_end, chunk_begin, begin, end = locate_rows(
+        tiles_ptr, cu_q_ptr, cu_k_ptr, batch, rows_q, rows_k, query_start, key_start, first_tile, stride, per_chunk,
+        HEADS, GROUP, PACKED, BLOCK_QUERIES,
     )  # fmt: skip
-    if index < 0:
+    if at < 0:
         return
-    chunk_begin, begin, end = tile_range(tile, stride, per_chunk, q_start, q_len, BLOCK_QUERIES)
     row = tl.arange(0, BLOCK_QUERIES)
     position = begin + row
     is_row = (position >= q_start) & (position < end)
-    first_row = q_begin + (begin - q_start)
-    at, head_k = index.to(tl.int64), (head // GROUP).to(tl.int64)
-    q_base = q_ptr + at * q_batch + head.to(tl.int64) * q_head + first_row * q_row
-    k_base = k_ptr + at * k_batch + head_k * k_head + (k_begin - key_start) * k_row
-    v_base = v_ptr + at * v_batch + head_k * v_head + (k_begin - key_start) * v_row
+    q_base = q_ptr + at * q_batch + head * q_head + first_row * q_row
+    k_base = k_ptr + at * k_batch + head_k * k_head + first_key * k_row
+    v_base = v_ptr + at * v_batch + head_k * v_head + first_key * v_row
     row_scale = tl.full([BLOCK_QUERIES], 1.0, tl.float32) * scale
     if logit_scale_ptr is not None:
         row_scale *= tl.load(logit_scale_ptr + first_row + row, mask=is_row, other=1.0)
@@ -107,7 +102,7 @@ def dca_forward_kernel(
     out = tl.zeros([BLOCK_QUERIES, 2 * HALF], tl.float32)
     for segment in range(FIRST_SEGMENT, 3):
         low, high, masked_from = keys_of_segment(
-            segment, chunk_begin, begin, end, stride, q_start, key_start, key_start + k_len, BLOCK_KEYS
+            segment, chunk_begin, begin, end, stride, q_start, key_start, key_end, BLOCK_KEYS
         )
         if low < high:
             angle = query_position(segment, position - chunk_begin, stride, cap, inter)
@@ -128,8 +123,7 @@ def dca_forward_kernel(
                 )  # fmt: skip
     has_keys = total > 0.0
     out = out / tl.where(has_keys, total, 1.0)[:, None]
-    of_keys = largest.to(tl.float64) + tl.log2(tl.where(has_keys, total, 1.0)).to(tl.float64)
-    lse = tl.where(has_keys, (of_keys * 0.6931471805599453).to(tl.float32), float("-inf"))
+    lse = tl.where(has_keys, (largest + tl.log2(tl.where(has_keys, total, 1.0))) * 0.6931471805599453, float("-inf"))
     tl.store(lse_ptr + (at * HEADS + head) * rows_q + first_row + row, lse, mask=is_row)
     out_base = out_ptr + ((at * rows_q + first_row) * HEADS + head) * (2 * HALF)
     out_offset = row[:, None] * (HEADS * 2 * HALF) + tl.arange(0, 2 * HALF)[None, :]

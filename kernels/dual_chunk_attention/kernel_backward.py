@@ -23,9 +23,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ..column_sum import multiprocessors
 from .request import AttentionRequest
-from .rotate_kernel import keys_rotated_back, queries_rotated_back, rotated_keys, rotated_queries
-from .tile_lists import strides, tiles_of_keys, tiles_of_queries
+from .rotate_kernel import rotated_keys, rotated_queries, turn_keys_back, turn_queries_back
+from .tile_lists import Tiles, strides, tiles_of_keys, tiles_of_queries
 from .tiles import (
     INTER,
     INTRA,
@@ -36,11 +37,14 @@ from .tiles import (
     keys_of_segment,
     load_halves,
     locate,
+    locate_rows,
     numbers,
     tile_range,
 )
 
 BLOCK_ROWS = 32
+# Of the keys' kernel, at least: with as many, a causal triangle of tiles, the largest first, keeps the device busy.
+PROGRAMS_PER_MULTIPROCESSOR = 2
 
 
 @triton.jit(do_not_specialize=("rows",))
@@ -60,11 +64,8 @@ def dca_delta_kernel(
     out = tl.load(out_base + row[:, None] * out_row + column, mask=is_row[:, None], other=0.0).to(tl.float32)
     at = (index * HEADS + head) * rows + first_row + row
     lse = tl.load(lse_ptr + at, mask=is_row, other=0.0)
-    products = tl.dot(grad, out.T, input_precision="ieee")
-    delta = tl.sum(tl.where(row[:, None] == row[None, :], products, 0.0), axis=1)
-    tl.store(delta_ptr + at, delta, mask=is_row)
-    exponent = (lse.to(tl.float64) * 1.4426950408889634).to(tl.float32)
-    exponent = tl.where(lse == float("-inf"), float("inf"), exponent)
+    tl.store(delta_ptr + at, tl.sum(grad * out, axis=1), mask=is_row)
+    exponent = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
     tl.store(exponent_ptr + at, exponent, mask=is_row)
 
 
@@ -119,12 +120,14 @@ def dca_keys_backward_kernel(
     grad_batch, grad_row, grad_head,
     batch, rows_q, rows_k, query_start, key_start, first_tile, stride, per_chunk, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, FIRST_SEGMENT: tl.constexpr, PACKED: tl.constexpr,
+    HEADS_DK: tl.constexpr, HEADS_DV: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, WIDENS: tl.constexpr,
 ):  # fmt: skip
     """Write dk and dv of one tile of one key head, of all GROUP query heads; q holds a copy per segment.
 
     Rows beyond a segment have exponent inf, hence P = 0, and keys beyond the tile are not stored. The mask is for the
-    diagonal; a loop without it for all other blocks made the compiler spill.
+    diagonal; a loop without it for all other blocks made the compiler spill. dk and dv may
+    have more heads than the launch: HEADS_DK and HEADS_DV from row to row.
     """
     HEADS_K: tl.constexpr = HEADS // GROUP
     head_k = tl.program_id(0) % HEADS_K
@@ -168,12 +171,13 @@ def dca_keys_backward_kernel(
                 logit_scale_base, q_row, grad_row, query, high, position, scale, HALF, BLOCK_QUERIES, WIDENS,
             )  # fmt: skip
     factor = scale * 0.6931471805599453
-    base = ((at * rows_k + first_row) * HEADS_K + head_k) * (2 * HALF)
-    offset = row[:, None] * (HEADS_K * 2 * HALF) + tl.arange(0, HALF)[None, :]
-    tl.store(dk_ptr + base + offset, (dk1 * factor).to(dk_ptr.dtype.element_ty), mask=is_row[:, None])
-    tl.store(dk_ptr + base + HALF + offset, (dk2 * factor).to(dk_ptr.dtype.element_ty), mask=is_row[:, None])
-    offset = row[:, None] * (HEADS_K * 2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
-    tl.store(dv_ptr + base + offset, dv.to(dv_ptr.dtype.element_ty), mask=is_row[:, None])
+    dk_base = dk_ptr + ((at * rows_k + first_row) * HEADS_DK + head_k) * (2 * HALF)
+    dk_base += row[:, None] * (HEADS_DK * 2 * HALF) + tl.arange(0, HALF)[None, :]
+    tl.store(dk_base, (dk1 * factor).to(dk_ptr.dtype.element_ty), mask=is_row[:, None])
+    tl.store(dk_base + HALF, (dk2 * factor).to(dk_ptr.dtype.element_ty), mask=is_row[:, None])
+    dv_base = dv_ptr + ((at * rows_k + first_row) * HEADS_DV + head_k) * (2 * HALF)
+    dv_base += row[:, None] * (HEADS_DV * 2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
+    tl.store(dv_base, dv.to(dv_ptr.dtype.element_ty), mask=is_row[:, None])
 
 
 @triton.jit
@@ -214,23 +218,19 @@ def dca_queries_backward_kernel(
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, WIDENS: tl.constexpr,
 ):  # fmt: skip
     """Write dq of one tile and one head, per segment and not turned back; q holds a copy per segment."""
-    head = tl.program_id(0) % HEADS
-    index, tile, q_begin, q_len, k_begin, k_len, q_start = locate(
-        tl.program_id(0) // HEADS, tiles_ptr, cu_q_ptr, cu_k_ptr, batch, rows_q, rows_k, query_start, first_tile,
-        -1, PACKED,
+    head, head_k, at, first_row, first_key, q_start, key_end, chunk_begin, begin, end = locate_rows(
+        tiles_ptr, cu_q_ptr, cu_k_ptr, batch, rows_q, rows_k, query_start, key_start, first_tile, stride, per_chunk,
+        HEADS, GROUP, PACKED, BLOCK_QUERIES,
     )  # fmt: skip
-    if index < 0:
+    if at < 0:
         return
-    chunk_begin, begin, end = tile_range(tile, stride, per_chunk, q_start, q_len, BLOCK_QUERIES)
     row = tl.arange(0, BLOCK_QUERIES)
     position = begin + row
     is_row = (position >= q_start) & (position < end)
-    first_row = q_begin + (begin - q_start)
-    at, head_k = index.to(tl.int64), (head // GROUP).to(tl.int64)
-    q_base = q_ptr + at * q_batch + head.to(tl.int64) * q_head + first_row * q_row
-    k_base = k_ptr + at * k_batch + head_k * k_head + (k_begin - key_start) * k_row
-    v_base = v_ptr + at * v_batch + head_k * v_head + (k_begin - key_start) * v_row
-    grad_ptrs = grad_ptr + at * grad_batch + head.to(tl.int64) * grad_head + first_row * grad_row
+    q_base = q_ptr + at * q_batch + head * q_head + first_row * q_row
+    k_base = k_ptr + at * k_batch + head_k * k_head + first_key * k_row
+    v_base = v_ptr + at * v_batch + head_k * v_head + first_key * v_row
+    grad_ptrs = grad_ptr + at * grad_batch + head * grad_head + first_row * grad_row
     grad_ptrs += row[:, None] * grad_row + tl.arange(0, 2 * HALF)[None, :]
     grad = tl.load(grad_ptrs, mask=is_row[:, None], other=0.0)
     if WIDENS:
@@ -246,7 +246,7 @@ def dca_queries_backward_kernel(
     factor = (row_scale * (scale * 0.6931471805599453))[:, None]
     for segment in range(FIRST_SEGMENT, 3):
         low, high, masked_from = keys_of_segment(
-            segment, chunk_begin, begin, end, stride, q_start, key_start, key_start + k_len, BLOCK_KEYS
+            segment, chunk_begin, begin, end, stride, q_start, key_start, key_end, BLOCK_KEYS
         )
         q1, q2 = load_halves(q_base + tl.cast(segment - FIRST_SEGMENT, tl.int64) * q_copy, row, q_row, is_row, HALF)
         if WIDENS:
@@ -278,38 +278,77 @@ def launch_backward(
     request: AttentionRequest,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of q, k and v, contiguous; lse may be that of more keys than these (ring attention)."""
+    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    of_queries = tiles_of_queries(request, q, _blocks_of_queries(q)["BLOCK_QUERIES"]) if q.numel() else None
+    of_keys = tiles_of_keys(request, k, _blocks_of_keys(q)["BLOCK_KEYS"]) if k.numel() else None
+    heads_k = k.shape[-2]
+    group, at_once = q.shape[-2] // heads_k, _key_heads_at_once(q, k, request, of_keys)
+    for first in range(0, heads_k, at_once):
+        part, shared = slice(first, first + at_once), slice(first * group, (first + at_once) * group)
+        rows = [each[..., shared, :] for each in (grad, q, output, dq)]
+        columns = [each[..., part, :] for each in (k, v, dk, dv)]
+        _launch_heads(rows, columns, lse[..., shared, :].contiguous(), request, (of_queries, of_keys))
+    return dq, dk, dv
+
+
+def _key_heads_at_once(q: torch.Tensor, k: torch.Tensor, request: AttentionRequest, tiles: Tiles | None) -> int:
+    """Return of how many key heads to hold copies of q and dq: the fewest whose tiles fill the device."""
+    heads = k.shape[-2]
+    if request.tables is None or tiles is None:
+        return heads  # type: ignore[no-any-return]
+    wanted = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(q.device)
+    return next(
+        each for each in range(1, heads + 1) if heads % each == 0 and (each == heads or tiles.slots * each >= wanted)
+    )
+
+
+def _launch_heads(
+    of_rows: list[torch.Tensor],
+    of_keys: list[torch.Tensor],
+    lse: torch.Tensor,
+    request: AttentionRequest,
+    tiles: tuple[Tiles | None, Tiles | None],
+) -> None:
+    """Write dq, dk and dv of some key heads, all on their query heads.
+
+    of_rows: grad, q, output and dq; of_keys: k, v, dk and dv.
+    """
+    (grad, q, output, dq), (k, v, dk, dv) = of_rows, of_keys
     keys, queries = rotated_keys(k, request), rotated_queries(q, request)
-    lse = lse.contiguous()  # kernels index by rows, and `empty_like` would keep strides of another order
     delta, exponent = torch.empty_like(lse), torch.empty_like(lse)
     boundaries = request.cu_seqlens or (None, None)
     given = (queries, keys, v, grad, exponent, delta, request.logit_scale)
     all_strides = (queries.stride(0), *strides(queries[0]), *strides(keys), *strides(v), *strides(grad))
     heads = q.shape[-2]
     common = {**constants(q, k, request), "scale": request.scale * math.log2(math.e)}
-    dq = torch.empty_like(queries, dtype=q.dtype if request.tables is None else torch.float32).contiguous()
-    if q.numel():
+    if tiles[0] is not None:
         grid = (triton.cdiv(q.shape[-3], BLOCK_ROWS) * heads, 1 if q.dim() == 3 else q.shape[0])
         dca_delta_kernel[grid](
             grad, output, lse, delta, exponent, *strides(grad), *strides(output), q.shape[-3],
             HEADS=heads, SIZE=q.shape[-1], BLOCK_ROWS=BLOCK_ROWS, num_warps=4,
         )  # fmt: skip
-        sizes = _blocks_of_queries(q)
-        tiles = tiles_of_queries(request, q, sizes["BLOCK_QUERIES"])
-        dca_queries_backward_kernel[(tiles.slots * heads,)](
-            *given, dq, tiles.list_of_tiles, *boundaries, dq.stride(0), *all_strides, **numbers(q, k, request, tiles),
-            **common, **sizes,
+        wide = dq.unsqueeze(0) if request.tables is None else torch.empty_like(queries, dtype=torch.float32)
+        dca_queries_backward_kernel[(tiles[0].slots * heads,)](
+            *given, wide, tiles[0].list_of_tiles, *boundaries, wide.stride(0), *all_strides,
+            **numbers(q, k, request, tiles[0]), **common, **_blocks_of_queries(q),
         )  # fmt: skip
-    rotates = request.tables is not None and not request.keys_rotated
-    dk, dv = k.new_empty(k.shape, dtype=torch.float32 if rotates else k.dtype), v.new_empty(v.shape)
-    if k.numel():
-        sizes = _blocks_of_keys(q)
-        tiles = tiles_of_keys(request, k, sizes["BLOCK_KEYS"])
-        dca_keys_backward_kernel[(tiles.slots * k.shape[-2],)](
-            *given, dk, dv, tiles.list_of_tiles, *boundaries, *all_strides, **numbers(q, k, request, tiles),
-            **common, **sizes,
+        if request.tables is not None:
+            turn_queries_back(wide, dq, request)
+        del wide  # before there is one for the keys
+    if tiles[1] is not None:
+        rotates = request.tables is not None and not request.keys_rotated
+        wide = dk.new_empty(dk.shape, dtype=torch.float32) if rotates else dk
+        dca_keys_backward_kernel[(tiles[1].slots * k.shape[-2],)](
+            *given, wide, dv, tiles[1].list_of_tiles, *boundaries, *all_strides, **numbers(q, k, request, tiles[1]),
+            **common, HEADS_DK=_heads_of_a_row(wide), HEADS_DV=_heads_of_a_row(dv), **_blocks_of_keys(q),
         )  # fmt: skip
-    dq = queries_rotated_back(dq, q, request)
-    return dq, keys_rotated_back(dk, k, request) if rotates else dk, dv
+        if rotates:
+            turn_keys_back(wide, dk, request)
+
+
+def _heads_of_a_row(heads: torch.Tensor) -> int:
+    """Return how many heads lie between two rows: those of the tensor of which this may be a view."""
+    return heads.stride(-3) // heads.shape[-1]
 
 
 def _blocks_of_queries(q: torch.Tensor) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Shapes: B sequences, T tokens of packed ones, Sq, Sk tokens of q and k, Hq, Hkv 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -21,74 +22,12 @@ from .request import AttentionRequest
 register_operation(OP, "triton", "cuda")
 
 
-def _forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    logit_scale: torch.Tensor | None,
-    chunks: list[int],
-    keys_rotated: bool,
-    query_start: int,
-    key_start: int,
-    scale: float,
-    deterministic: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    tensors = cos, sin, cu_seqlens_q, cu_seqlens_k, logit_scale
-    request = _request(tensors, chunks, keys_rotated, query_start, key_start, scale, deterministic)
-    backend = backend_for(OP, q, unfit(q, cos, scale, k, v), lambda: cuda_limits.unfit(cos, q=q, k=k, v=v))
-    if backend != "reference":
-        return launches(OP, backend).launch_forward(q, k, v, request)  # type: ignore[no-any-return]
-    return blockwise.forward(q, k, v, request)
-
-
-def _forward_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    lead, rows = q.shape[:-3], q.shape[-3]
-    wide = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(q.shape), q.new_empty((*lead, q.shape[-2], rows), dtype=wide)
-
-
-def _backward(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    output: torch.Tensor,
-    lse: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    logit_scale: torch.Tensor | None,
-    chunks: list[int],
-    keys_rotated: bool,
-    query_start: int,
-    key_start: int,
-    scale: float,
-    deterministic: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    tensors = cos, sin, cu_seqlens_q, cu_seqlens_k, logit_scale
-    request = _request(tensors, chunks, keys_rotated, query_start, key_start, scale, deterministic)
-    if grad.shape[-1] > 1 and grad.stride(-1) != 1:
-        grad = grad.contiguous()  # expanded by autograd: the gradient of a sum
-    unfit_for_cuda = functools.partial(cuda_limits.unfit, cos, q=q, k=k, v=v, grad=grad, output=output)
-    backend = backend_for(OP, q, unfit(q, cos, scale, k, v, grad, output), unfit_for_cuda)
-    if backend != "reference":
-        return launches(OP, backend).launch_backward(grad, q, k, v, output, lse, request)  # type: ignore[no-any-return]
-    return blockwise.backward(grad, q, k, v, output, lse, request)
-
-
-def _backward_fake(
-    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
 def _request(
-    tensors: tuple[torch.Tensor | None, ...],
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    logit_scale: torch.Tensor | None,
     chunks: list[int],
     keys_rotated: bool,
     query_start: int,
@@ -96,7 +35,6 @@ def _request(
     scale: float,
     deterministic: bool,
 ) -> AttentionRequest:
-    cos, sin, cu_seqlens_q, cu_seqlens_k, logit_scale = tensors
     return AttentionRequest(
         chunks=ChunkLayout(*chunks) if chunks else None,
         tables=None if cos is None or sin is None else (cos, sin),
@@ -108,6 +46,58 @@ def _request(
         logit_scale=logit_scale,
         deterministic=deterministic,
     )
+
+
+def _with_options(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a function of *options the signature that these have in `_request`: torch reads the schema off it."""
+    tensors = list(inspect.signature(run).parameters.values())[:-1]
+    options = inspect.signature(_request).parameters.values()
+    returned = inspect.signature(run).return_annotation
+    run.__signature__ = inspect.Signature([*tensors, *options], return_annotation=returned)  # type: ignore[attr-defined]
+    return run
+
+
+@_with_options
+def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    request = _request(*options)
+    cos = request.tables and request.tables[0]
+    backend = backend_for(OP, q, unfit(q, cos, request.scale, k, v), lambda: cuda_limits.unfit(cos, q=q, k=k, v=v))
+    if backend != "reference":
+        return launches(OP, backend).launch_forward(q, k, v, request)  # type: ignore[no-any-return]
+    return blockwise.forward(q, k, v, request)
+
+
+def _forward_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    lead, rows = q.shape[:-3], q.shape[-3]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape), q.new_empty((*lead, q.shape[-2], rows), dtype=wide)
+
+
+@_with_options
+def _backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    *options: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    request = _request(*options)
+    if grad.shape[-1] > 1 and grad.stride(-1) != 1:
+        grad = grad.contiguous()  # expanded by autograd: the gradient of a sum
+    cos = request.tables and request.tables[0]
+    unfit_for_cuda = functools.partial(cuda_limits.unfit, cos, q=q, k=k, v=v, grad=grad, output=output)
+    backend = backend_for(OP, q, unfit(q, cos, request.scale, k, v, grad, output), unfit_for_cuda)
+    if backend != "reference":
+        return launches(OP, backend).launch_backward(grad, q, k, v, output, lse, request)  # type: ignore[no-any-return]
+    return blockwise.backward(grad, q, k, v, output, lse, request)
+
+
+def _backward_fake(
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _as_arguments(request: AttentionRequest) -> tuple[Any, ...]:

@@ -58,10 +58,10 @@ def rotate_heads_kernel(
 
 @triton.jit(do_not_specialize=("rows", "start", "table_rows"))
 def rotate_back_kernel(
-    x_ptr, cos_ptr, sin_ptr, positions_ptr, out_ptr, rows, start, table_rows, stride, cap, inter,
-    HEADS: tl.constexpr, HALF: tl.constexpr, FIRST_SEGMENT: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    x_ptr, cos_ptr, sin_ptr, positions_ptr, out_ptr, out_batch, out_row, out_head, rows, start, table_rows, stride,
+    cap, inter, HEADS: tl.constexpr, HALF: tl.constexpr, FIRST_SEGMENT: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Write out [batch, rows, HEADS, D], the sum over segments of x [3 - FIRST_SEGMENT, batch, ...] rotated back."""
+    """Write out [batch, rows, HEADS, D], the sum over segments of contiguous x [3 - FIRST_SEGMENT, ...] turned back."""
     head = tl.program_id(0) % HEADS
     first_row = (tl.program_id(0) // HEADS).to(tl.int64) * BLOCK_ROWS
     index = tl.program_id(1).to(tl.int64)
@@ -77,8 +77,8 @@ def rotate_back_kernel(
         angle = query_position(segment, within, stride, cap, inter)
         cos, sin = load_angles(cos_ptr, sin_ptr, angle, table_rows, HALF)
         y1, y2 = y1 + x1 * cos + x2 * sin, y2 + x2 * cos - x1 * sin
-    out = out_ptr + ((index * rows + first_row) * HEADS + head) * (2 * HALF)
-    out += row[:, None] * (HEADS * 2 * HALF) + tl.arange(0, HALF)[None, :]
+    out = out_ptr + index * out_batch + head.to(tl.int64) * out_head + first_row * out_row
+    out += row[:, None] * out_row + tl.arange(0, HALF)[None, :]
     tl.store(out, y1.to(out_ptr.dtype.element_ty), mask=is_row[:, None])
     tl.store(out + HALF, y2.to(out_ptr.dtype.element_ty), mask=is_row[:, None])
 
@@ -98,16 +98,14 @@ def rotated_queries(q: torch.Tensor, request: AttentionRequest) -> torch.Tensor:
     return _rotated(q, request, positions_of_queries(request, q), request.query_start, copies)
 
 
-def keys_rotated_back(grad: torch.Tensor, like: torch.Tensor, request: AttentionRequest) -> torch.Tensor:
-    """Return the gradient of k, in the dtype of `like`, from that of the rotated keys, contiguous."""
-    return _rotated_back(grad.unsqueeze(0), like, request, positions_of_keys(request, like), request.key_start)
+def turn_keys_back(grad: torch.Tensor, out: torch.Tensor, request: AttentionRequest) -> None:
+    """Write the gradient of k, like k at any strides, from that of the rotated keys, contiguous."""
+    _turn_back(grad.unsqueeze(0), out, request, positions_of_keys(request, out), request.key_start)
 
 
-def queries_rotated_back(grads: torch.Tensor, like: torch.Tensor, request: AttentionRequest) -> torch.Tensor:
-    """Return the gradient of q, in the dtype of `like`, from those of `rotated_queries`, contiguous."""
-    if request.tables is None:
-        return grads[0]
-    return _rotated_back(grads, like, request, positions_of_queries(request, like), request.query_start)
+def turn_queries_back(grads: torch.Tensor, out: torch.Tensor, request: AttentionRequest) -> None:
+    """Write the gradient of q, like q at any strides, from those of `rotated_queries`, contiguous."""
+    _turn_back(grads, out, request, positions_of_queries(request, out), request.query_start)
 
 
 def _rotated(
@@ -123,16 +121,13 @@ def _rotated(
     return out
 
 
-def _rotated_back(
-    grads: torch.Tensor, like: torch.Tensor, request: AttentionRequest, positions: torch.Tensor | None, start: int
-) -> torch.Tensor:
-    out = like.new_empty(like.shape)
-    if out.numel():
-        rotate_back_kernel[_grid(out)](
-            grads, *(request.tables or ()), positions, out, out.shape[-3], start,
-            **_numbers(out, request, grads.shape[0]),
-        )  # fmt: skip
-    return out
+def _turn_back(
+    grads: torch.Tensor, out: torch.Tensor, request: AttentionRequest, positions: torch.Tensor | None, start: int
+) -> None:
+    rotate_back_kernel[_grid(out)](
+        grads, *(request.tables or ()), positions, out, *strides(out), out.shape[-3], start,
+        **_numbers(out, request, grads.shape[0]),
+    )  # fmt: skip
 
 
 def _grid(x: torch.Tensor) -> tuple[int, int]:

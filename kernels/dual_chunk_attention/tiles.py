@@ -62,6 +62,27 @@ def tile_range(tile, stride, per_chunk, start, length, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def locate_rows(
+    tiles_ptr, cu_q_ptr, cu_k_ptr, batch, rows_q, rows_k, query_start, key_start, first_tile, stride, per_chunk,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, PACKED: tl.constexpr, BLOCK_QUERIES: tl.constexpr,
+):  # fmt: skip
+    """Return what a program for a tile of queries and a head has to do.
+
+    head and its key head; batch index (-1: no tile); rows of q and, of position 0, of k in the batch; first position
+    of the sequence's queries, the one behind its last key; tile_range.
+    """
+    head = tl.program_id(0) % HEADS
+    index, tile, q_begin, q_len, k_begin, k_len, q_start = locate(
+        tl.program_id(0) // HEADS, tiles_ptr, cu_q_ptr, cu_k_ptr, batch, rows_q, rows_k, query_start, first_tile,
+        -1, PACKED,
+    )  # fmt: skip
+    chunk_begin, begin, end = tile_range(tile, stride, per_chunk, q_start, q_len, BLOCK_QUERIES)
+    first_row, first_key = q_begin + (begin - q_start), k_begin - key_start
+    head, head_k, index = head.to(tl.int64), (head // GROUP).to(tl.int64), index.to(tl.int64)
+    return head, head_k, index, first_row, first_key, q_start, key_start + k_len, chunk_begin, begin, end
+
+
+@triton.jit
 def keys_of_segment(
     segment, chunk_begin, begin, end, stride, query_start, key_start, key_end, BLOCK_KEYS: tl.constexpr
 ):  # fmt: skip

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from typing import Any
+from unittest import mock
 
 import torch
-from dual_chunk_checks import Example
+from dual_chunk_checks import ABSENT, Example
 from op_checks import random
 from test_dual_chunk_decode import paged, rotated_keys
 
 from megatron_qwen import ops
+from megatron_qwen.kernels.dual_chunk_attention.arguments import checked_request
 from megatron_qwen.testing.compare import assert_close_to_fp64, assert_relative
 from megatron_qwen.testing.poison import poisoned_outputs
 
@@ -72,3 +76,34 @@ def check_parts_of_the_keys(chunks: ops.ChunkLayout, backend: str) -> None:
         found.append((output, lse, sum(dq), torch.cat(dk, 1), torch.cat(dv, 1)))
     for name, expected, ours in zip(("output", "lse", "dq", "dk", "dv"), *found, strict=True):
         assert_relative(ours, expected, 4e-6, name=name)
+
+
+class NotLaunched:
+    """Stands for a kernel."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, **kwargs: None
+
+
+def bytes_of_backward(heads: tuple[int, int], rows: int) -> float:
+    """The most that is allocated at once beside the results, for each number of q, by torch's own account."""
+    from megatron_qwen.kernels.dual_chunk_attention import kernel_backward, rotate_kernel
+
+    example = Example(lengths=(rows,), batch=1, heads=heads, size=SIZE, chunks=ops.ChunkLayout.released(512, 64))
+    q, k, v, grad = example.inputs(torch.bfloat16)
+    request = checked_request(q, k, v, **{**ABSENT, **example.options(torch.bfloat16)})
+    lse = q.new_empty((1, heads[0], rows), dtype=torch.float32)
+    with contextlib.ExitStack() as stack:
+        for module in (kernel_backward, rotate_kernel):
+            kernels = {name: NotLaunched() for name in vars(module) if name.endswith("_kernel")}
+            stack.enter_context(mock.patch.multiple(module, **kernels))
+        profile = stack.enter_context(
+            torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU])
+        )
+        results = kernel_backward.launch_backward(grad, q, k, v, grad, lse, request)
+    most = total = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            total += event.nbytes()
+            most = max(most, total)
+    return (most - sum(each.nbytes for each in results)) / q.numel()

@@ -52,7 +52,9 @@ def test_every_length_as_exact_as_plain_torch(
     chunks: ops.ChunkLayout | None, with_temperature: bool, dtype: torch.dtype
 ) -> None:
     for length in (0, 2, 4, 5, 6, 7, 11, 13, 31, 41):
-        example = Example(lengths=(length,), batch=2, chunks=chunks, with_temperature=with_temperature)
+        # The largest error of few numbers is a matter of luck, in plain torch too.
+        batch = 5 if length < 8 else 2
+        example = Example(lengths=(length,), batch=batch, chunks=chunks, with_temperature=with_temperature)
         checks.check(example, dtype, "reference")
 
 
@@ -123,9 +125,8 @@ def test_pieces_by_matrix_products(monkeypatch: pytest.MonkeyPatch, dtype: torch
     monkeypatch.setattr(pieces, "_attend_on_cpu", pieces._attend_by_products)
     monkeypatch.setattr(pieces, "_backward_on_cpu", pieces._backward_by_products)
     monkeypatch.setattr(pieces, "TILE", 4)
-    # It rounds dS before two products, which torch's kernels do not.
-    checks.check(Example(lengths=(23, 0, 2), with_temperature=True), dtype, "reference", roundings=40.0)
-    checks.check(Example(lengths=(23,), batch=2, chunks=None), dtype, "reference", roundings=40.0)
+    checks.check(Example(lengths=(23, 0, 2), with_temperature=True), dtype, "reference")
+    checks.check(Example(lengths=(23,), batch=2, chunks=None), dtype, "reference")
 
 
 def test_equals_plain_causal_attention_up_to_a_chunk() -> None:

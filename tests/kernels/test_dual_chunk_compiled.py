@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aot_process import SHARED, compiled
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed in this environment"
 )
 
-PROGRAM = Path(__file__).parent / "aot_dual_chunk_launches.py"
+PROGRAM = "aot_dual_chunk_launches.py"
 KERNELS = Path(__file__).parents[2] / "kernels" / "dual_chunk_attention"
 # Compiled in every run: the forms that take most registers. The rest of the table is exhaustive.
 SOME = {
@@ -25,18 +22,6 @@ SOME = {
     80: ("attention packed chunks 128 bf16",),
 }
 PRODUCTS = {"dca_forward_kernel", "dca_queries_backward_kernel", "dca_keys_backward_kernel"}
-# Shared memory of a block: 227 KiB on sm_90, 163 KiB on sm_80.
-SHARED = {90: 227 * 1024, 80: 163 * 1024}
-
-
-def compiled(architecture: int, *labels: str) -> list[dict[str, Any]]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(PROGRAM), str(architecture), *labels]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550 if labels else 2400)
-    assert result.returncode == 0, result.stderr
-    rows: list[dict[str, Any]] = json.loads(result.stdout)
-    assert rows
-    return rows
 
 
 def check(row: dict[str, Any]) -> None:
@@ -59,7 +44,7 @@ def check(row: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("architecture", SOME)
 def test_kernels_spill_nothing_and_use_tensor_cores(architecture: int) -> None:
-    rows = compiled(architecture, *SOME[architecture])
+    rows = compiled(PROGRAM, architecture, *SOME[architecture])
     if architecture == 90:
         names = {
             node.name
@@ -75,5 +60,5 @@ def test_kernels_spill_nothing_and_use_tensor_cores(architecture: int) -> None:
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("architecture", [90, 80])
 def test_every_launch_of_the_table(architecture: int) -> None:
-    for row in compiled(architecture):
+    for row in compiled(PROGRAM, architecture):
         check(row)

@@ -32,7 +32,9 @@ LAYOUTS = {
     ],
 )
 def test_batch(interpreted, name: str, length: int, dtype: torch.dtype) -> None:
-    example = Example(lengths=(length,), heads=(2, 1), size=64, chunks=LAYOUTS[name], with_temperature=True, batch=1)
+    # Two key heads take turns in backward, one does not.
+    heads = (2, 2 if name == "odd" else 1)
+    example = Example(lengths=(length,), heads=heads, size=64, chunks=LAYOUTS[name], with_temperature=True, batch=1)
     interpreted(checks.check, example, dtype, "triton")
 
 
@@ -56,3 +58,9 @@ def test_parts_of_the_keys_at_foreign_strides(interpreted) -> None:
 def test_other_heads_are_refused(interpreted) -> None:
     with pytest.raises(ConfigError, match="heads have 8 numbers, and kernels take 64 or 128"):
         interpreted(checks.check, Example(lengths=(3,)), torch.float32, "triton")
+
+
+def test_memory_of_backward(interpreted) -> None:
+    """18 bytes for each number of q in 16 bits and a copy of k, of one key head of four at a time."""
+    run = interpreted(kernel_checks.bytes_of_backward, (8, 4), 1024)
+    assert 18 / 4 < run < 20 / 4

@@ -3,35 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from aot_process import SHARED, compiled
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed in this environment"
 )
 
-PROGRAM = Path(__file__).parent / "aot_moe_launches.py"
+PROGRAM = "aot_moe_launches.py"
 # Compiled in every run; the rest of the table is exhaustive.
 SOME = ("routing a2.7b bf16", "permute a2.7b bf16", "experts a2.7b bf16", "block a2.7b bf16")
 GEMMS = {"up_kernel", "down_kernel", "activation_backward_kernel", "weight_gradient_kernel"}
-# Shared memory of a block: 227 KiB on sm_90, 163 KiB on sm_80.
-SHARED = {90: 227 * 1024, 80: 163 * 1024}
-
-
-def compiled(architecture: int, *labels: str) -> list[dict[str, Any]]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(PROGRAM), str(architecture), *labels]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550)
-    assert result.returncode == 0, result.stderr
-    rows: list[dict[str, Any]] = json.loads(result.stdout)
-    assert rows
-    return rows
 
 
 def check(row: dict[str, Any]) -> None:
@@ -52,7 +36,7 @@ def check(row: dict[str, Any]) -> None:
 
 
 def test_kernels_spill_nothing_and_use_tensor_cores() -> None:
-    rows = compiled(90, *SOME)
+    rows = compiled(PROGRAM, 90, *SOME)
     names = {row["kernel"] for row in rows}
     assert names > GEMMS | {"routing_forward_kernel", "order_place_kernel", "gather_sum_kernel", "combine_kernel"}
     for row in rows:
@@ -62,5 +46,5 @@ def test_kernels_spill_nothing_and_use_tensor_cores() -> None:
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("architecture", [90, 80])
 def test_every_launch_of_the_table(architecture: int) -> None:
-    for row in compiled(architecture):
+    for row in compiled(PROGRAM, architecture):
         check(row)

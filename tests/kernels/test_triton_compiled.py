@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aot_process import compiled
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed in this environment"
 )
 
-PROGRAM = Path(__file__).parent / "aot_launches.py"
+PROGRAM = "aot_launches.py"
 # Compiled in every run: each kernel, both head sizes, and those that ptxas was once seen to spill in.
 SOME = {
     90: (
@@ -59,16 +56,6 @@ LIMITS = {
 }
 
 
-def compiled(architecture: int, *labels: str) -> list[dict[str, Any]]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(PROGRAM), str(architecture), *labels]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550 if labels else 2400)
-    assert result.returncode == 0, result.stderr
-    rows: list[dict[str, Any]] = json.loads(result.stdout)
-    assert rows
-    return rows
-
-
 def check(row: dict[str, Any]) -> None:
     where = f"{row['kernel']} of {row['label']} on sm_{row['architecture']}: {row}"
     assert row["spilled"] == 0, where
@@ -102,7 +89,7 @@ def test_every_kernel_is_compiled_here() -> None:
 
 @pytest.mark.parametrize("architecture", SOME)
 def test_kernels_spill_nothing_and_move_16_bytes_per_access(architecture: int) -> None:
-    rows = compiled(architecture, *SOME[architecture])
+    rows = compiled(PROGRAM, architecture, *SOME[architecture])
     if architecture == 90:
         assert {row["kernel"] for row in rows} == set(LIMITS)
     for row in rows:
@@ -112,7 +99,7 @@ def test_kernels_spill_nothing_and_move_16_bytes_per_access(architecture: int) -
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("architecture", [90, 80])
 def test_every_launch_of_the_table(architecture: int) -> None:
-    rows = compiled(architecture)
+    rows = compiled(PROGRAM, architecture)
     assert {row["kernel"] for row in rows} == set(LIMITS)
     for row in rows:
         check(row)
