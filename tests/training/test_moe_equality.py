@@ -20,6 +20,8 @@ OVERLAP = "performance.moe_shared_expert_overlap=true"
 # Parameters arrive while layers are computed: in buckets so small that each layer has several.
 GATHER = "performance.overlap_grad_reduce=true performance.overlap_param_gather=true performance.bucket_size=10000"
 RECOMPUTE = "performance.recompute=selective performance.recompute_modules=[moe]"
+# Where there is one data-parallel rank: two micro-batches per step, as elsewhere.
+TWO_SAMPLES = "schedule.global_batch_size=2"
 # ranks -> changes of a recipe; the all-to-all dispatcher where no other is named.
 LAYOUTS = {
     2: [
@@ -27,13 +29,14 @@ LAYOUTS = {
         "parallel.ep=2",
         f"parallel.ep=2 {ALLGATHER}",
         f"parallel.ep=2 {OVERLAP} {GATHER}",
-        f"{SP} parallel.etp=1",
+        f"{SP} parallel.etp=1 {TWO_SAMPLES}",
+        ALLGATHER,
     ],
-    4: [f"{SP} parallel.ep=2", f"{SP} parallel.ep=2 {ALLGATHER}", "parallel.ep=4"],
+    4: [f"{SP} parallel.ep=2", f"{SP} parallel.ep=2 {ALLGATHER}", "parallel.ep=4", f"parallel.ep=4 {ALLGATHER}"],
 }
 EXHAUSTIVE = {
-    2: [ALLGATHER, GATHER, f"{SP} parallel.ep=2 parallel.etp=1 {OVERLAP}", f"parallel.ep=2 {RECOMPUTE}"],
-    4: [f"parallel.ep=4 {ALLGATHER}", f"{SP} parallel.ep=2 {OVERLAP}", "parallel.ep=2 parallel.pp=2"],
+    2: [GATHER, f"{SP} parallel.ep=2 parallel.etp=1 {OVERLAP}", f"parallel.ep=2 {RECOMPUTE}"],
+    4: [f"{SP} parallel.ep=2 {OVERLAP}", "parallel.ep=2 parallel.pp=2"],
 }
 
 
