@@ -77,6 +77,15 @@ class Emulation:
         """Let the imagined device have `count` multiprocessors; 2 at first."""
         self._library.emulation_set_multiprocessors(count)
 
+    @contextlib.contextmanager
+    def copies_at_once(self) -> Iterator[None]:
+        """Let copies of TMA land as soon as they are asked for inside the block; as late as possible outside of it."""
+        self._library.emulation_set_copies_at_once(ctypes.c_bool(True))
+        try:
+            yield
+        finally:
+            self._library.emulation_set_copies_at_once(ctypes.c_bool(False))
+
     def _forgetting(self, function: Any) -> Any:
         """Wrap a function so that, once it returns, no memory is allowed any more; numbers stay as they are."""
         if not callable(function):

@@ -157,6 +157,17 @@ def test_the_same_bits_for_any_number_of_blocks(emulation: Emulation) -> None:
     assert all(torch.equal(ours, first) for each in found[1:] for ours, first in zip(each, found[0], strict=True))
 
 
+@pytest.mark.parametrize("size", [64, 128])
+def test_the_same_bits_whenever_copies_land(emulation: Emulation, size: int) -> None:
+    """A copy that lands at once overwrites what was given back before its products were done."""
+    example = Example(lengths=(750,), new_rows=(128,), heads=(1, 1), size=size, chunks=LAYOUTS["plain"], batch=1)
+    with ops.use_backend("cuda"):
+        late = ops.dual_chunk_attention(*example.inputs(BF16)[:3], **example.options(BF16))
+        with emulation.copies_at_once():
+            early = ops.dual_chunk_attention(*example.inputs(BF16)[:3], **example.options(BF16))
+    assert all(torch.equal(ours, others) for ours, others in zip(early, late, strict=True))
+
+
 def refusal(*heads: torch.Tensor) -> str:
     with ops.use_backend("cuda"), pytest.raises(ConfigError) as error:
         ops.dual_chunk_attention(*heads, chunks=None, tables=None)

@@ -196,6 +196,7 @@ void emulation_forget_memory() { emulation::allowed.clear(); }
 void emulation_clear_accesses() { emulation::accesses.clear(); }
 std::uint64_t emulation_accesses(std::uint64_t bytes) { return emulation::accesses[bytes]; }
 void emulation_set_multiprocessors(int count) { emulation::multiprocessors = count; }
+void emulation_set_copies_at_once(bool at_once) { emulation::set_copies_at_once(at_once); }
 
 cudaError_t cudaGetDevice(int* device) {
   *device = 0;

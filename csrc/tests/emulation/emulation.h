@@ -43,4 +43,5 @@ __attribute__((visibility("default"))) void emulation_forget_memory();
 __attribute__((visibility("default"))) void emulation_clear_accesses();
 __attribute__((visibility("default"))) std::uint64_t emulation_accesses(std::uint64_t bytes);
 __attribute__((visibility("default"))) void emulation_set_multiprocessors(int count);
+__attribute__((visibility("default"))) void emulation_set_copies_at_once(bool at_once);
 }

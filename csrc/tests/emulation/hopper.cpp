@@ -83,6 +83,7 @@ std::size_t arena_bytes = 0;
 std::vector<bool> unfenced;
 std::vector<Thread> threads;
 std::vector<BoxCopy> boxes;
+bool copies_at_once = false;
 std::vector<std::array<Operands, 16>> operands;
 std::array<NamedBarrier, 16> named_barriers;
 
@@ -280,6 +281,7 @@ void copy_box(void* destination, const CUtensorMap& map, std::uint64_t* barrier,
   if (address % 1024 != 0) fail("the box of a swizzled TMA copy does not start at a multiple of 1024 bytes");
   require_inside(address, map.box_rows * kSwizzledRow);
   boxes.push_back({address, map, barrier, at});
+  if (copies_at_once) perform_one_copy();
 }
 
 void copy_16_bytes(std::uint32_t destination, const void* source) {
@@ -341,6 +343,8 @@ void finish_hopper() {
   if (registers > kRegisters / threads.size() / 8 * 8 * threads.size())
     throw std::runtime_error("emulation: setmaxnreg asks for too much");
 }
+
+void set_copies_at_once(bool at_once) { copies_at_once = at_once; }
 
 bool perform_one_copy() {
   if (boxes.empty()) return false;

@@ -1,7 +1,8 @@
 // What emulates instructions of sm_90a: TMA, mbarriers, cp.async, wgmma. All that is asynchronous happens as late as
-// the program allows: copies of TMA once no thread can go on without them, the newest first; cp.async and wgmma when
-// they are waited for. Shared memory is full of NaN when a block starts. Source: PTX ISA 9.0: "Tensor swizzling modes",
-// "Matrix descriptor", "Register fragments" of wgmma, "mbarrier".
+// the program allows: copies of TMA once no thread can go on without them, the newest first (or, if a test asks for
+// it, at once, which shows a stage that was given back too early); cp.async and wgmma when they are waited for. Shared
+// memory is full of NaN when a block starts. Source: PTX ISA 9.0: "Tensor swizzling modes", "Matrix descriptor",
+// "Register fragments" of wgmma, "mbarrier".
 #pragma once
 
 #include <array>
@@ -59,5 +60,6 @@ void start_hopper(std::size_t threads, std::size_t shared_bytes);
 void finish_hopper();
 // Performs an outstanding copy of TMA; false if there is none.
 bool perform_one_copy();
+void set_copies_at_once(bool at_once);
 
 }  // namespace emulation
