@@ -76,16 +76,16 @@ def bitmap_kernel(
     begin, end = tl.load(slash_bounds_ptr + head), tl.load(slash_bounds_ptr + head + 1)
     # Ends of slashes ascend strictly, so an odd number of them at or below a distance means: inside of one.
     crossed = count_below(slashes_ptr + 2 * begin, (2 * (end - begin)).to(tl.int32), words * 64 - 2 * PAD - bit, steps)
-    _store_words(out_ptr + SLASH * words, first_word, words, crossed % 2, WORDS)
+    _store_words(out_ptr + words * SLASH, first_word, words, crossed % 2, WORDS)
     begin, end = tl.load(vertical_bounds_ptr + head), tl.load(vertical_bounds_ptr + head + 1)
     count = (end - begin).to(tl.int32)
     before = count_below(verticals_ptr + begin, count, number, steps)
     found = tl.load(verticals_ptr + begin + before, mask=before < count, other=-PAD - 1)
-    _store_words(out_ptr + VERTICAL * words, first_word, words, found == number, WORDS)
+    _store_words(out_ptr + words * VERTICAL, first_word, words, found == number, WORDS)
     starts_ptr += head.to(tl.int64) * (2 * room + 1)
     covered = _is_in_block(starts_ptr, tl.load(counts_ptr + 2 * head), number, steps, BLOCK_KEYS)
     covered |= _is_in_block(starts_ptr + room, tl.load(counts_ptr + 2 * head + 1), number, steps, BLOCK_KEYS)
-    _store_words(out_ptr + COVERED * words, first_word, words, covered, WORDS)
+    _store_words(out_ptr + words * COVERED, first_word, words, covered, WORDS)
 
 
 def bitmaps(index: SparseIndex, blocks: TileBlocks, keys: int) -> torch.Tensor:

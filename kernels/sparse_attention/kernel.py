@@ -110,15 +110,16 @@ def _ones(count):
     """Return words whose first `count` bits are set; counts below 0 and above 64 are none and all."""
     none = tl.zeros_like(count).to(tl.uint64)
     some = ((none + 1) << tl.minimum(tl.maximum(count, 0), 63).to(tl.uint64)) - 1
-    return tl.where(count > 63, ~none, some)
+    return tl.where(count > 63, none - 1, some)
 
 
 @triton.jit
 def _kept_of_block(bitmaps_ptr, words, x, key, row, low, high, begin, PAD: tl.constexpr, BLOCK_KEYS: tl.constexpr):
     """Return for each row the keys of a block at x that count, bit c for key + c."""
-    in_slash = window(bitmaps_ptr, (SLASH + 1) * words * 64 - 2 * PAD - x - BLOCK_KEYS - row)
-    is_seen = window(bitmaps_ptr, VERTICAL * words * 64 + PAD + key) & _ones(begin + row - key + 1)
-    return (in_slash | is_seen) & _ones(row * 0 + high - key) & ~_ones(row * 0 + low - key)
+    in_slash = window(bitmaps_ptr, words * (SLASH * 64 + 64) - 2 * PAD - x - BLOCK_KEYS - row)
+    is_seen = window(bitmaps_ptr, words * (VERTICAL * 64) + PAD + key) & _ones(begin + row - key + 1)
+    kept = (in_slash | is_seen) & _ones(row * 0 + high - key)
+    return kept ^ (kept & _ones(row * 0 + low - key))
 
 
 # A size of 1 would become a Python constant, which has no dtype.
@@ -212,7 +213,7 @@ def sparse_forward_kernel(
             for number in tl.range(_pick(ends_of_columns, 2 * segment, 8), last_column, BLOCK_KEYS, num_stages=2):
                 is_key = number + column < last_column
                 key = tl.load(columns_ptr + (columns_begin + number + column), mask=is_key, other=0)
-                at = COVERED * words * 64 + PAD + begin - key
+                at = words * (COVERED * 64) + PAD + begin - key
                 covered = tl.load(bitmaps_ptr + at // 64, mask=is_key, other=0).to(tl.uint64, bitcast=True)
                 is_key &= ((covered >> (at % 64).to(tl.uint64)) & 1) == 0
                 offset = key.to(tl.int64)
@@ -220,7 +221,7 @@ def sparse_forward_kernel(
                 v_ptrs = v_base + offset[:, None] * v_row + tl.arange(0, 2 * HALF)[None, :]
                 v = tl.load(v_ptrs, mask=is_key[:, None], other=0.0)
                 logits = _logits(q1, q2, k1, k2, WIDENS)
-                kept = tl.where(is_key, key, stride * 2)[None, :] <= position[:, None]
+                kept = tl.where(is_key, key, 1 << 30)[None, :] <= position[:, None]
                 logits = tl.where(kept, logits, float("-inf"))
                 largest, total, out = _fold(logits, v, row_scale, largest, total, out, WIDENS)
     has_keys = total > 0.0

@@ -115,4 +115,4 @@ def sparse_prefill_attention(
     cos, sin = request.tables or (None, None)
     layout = [] if chunks is None else [chunks.chunk_size, chunks.local_size, chunks.limit]
     run = _attend if q.is_cpu and not torch.compiler.is_compiling() else _operation
-    return run(q, k, v, *lists, cos, sin, request.logit_scale, layout, keys_rotated, request.scale)  # type: ignore[no-any-return]
+    return run(q, k, v, *lists, cos, sin, request.logit_scale, layout, keys_rotated, request.scale)
