@@ -78,13 +78,13 @@ class Emulation:
         self._library.emulation_set_multiprocessors(count)
 
     @contextlib.contextmanager
-    def copies_at_once(self) -> Iterator[None]:
-        """Let copies of TMA land as soon as they are asked for inside the block; as late as possible outside of it."""
-        self._library.emulation_set_copies_at_once(ctypes.c_bool(True))
+    def other_order(self) -> Iterator[None]:
+        """Inside the block copies of TMA land at once, not as late as possible, and the last thread runs first."""
+        self._library.emulation_set_other_order(ctypes.c_bool(True))
         try:
             yield
         finally:
-            self._library.emulation_set_copies_at_once(ctypes.c_bool(False))
+            self._library.emulation_set_other_order(ctypes.c_bool(False))
 
     def _forgetting(self, function: Any) -> Any:
         """Wrap a function so that, once it returns, no memory is allowed any more; numbers stay as they are."""

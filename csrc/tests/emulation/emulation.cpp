@@ -47,6 +47,7 @@ std::vector<Warp> warps;
 std::vector<Range> allowed;
 std::map<std::uint64_t, std::uint64_t> accesses;
 int multiprocessors = 2;
+bool runs_backwards = false;
 
 ucontext_t scheduler;
 std::size_t current = 0;
@@ -121,7 +122,8 @@ void run_block(std::size_t threads, std::size_t shared_bytes) {
   for (std::size_t i = 0; i < threads; ++i) start(*fibers[i]);
   while (!all_in(0, threads, State::kDone)) {
     bool ran = false;
-    for (current = 0; current < threads; ++current) {
+    for (std::size_t i = 0; i < threads; ++i) {
+      current = runs_backwards ? threads - 1 - i : i;
       if (!can_run(*fibers[current])) continue;
       threadIdx = fibers[current]->index;
       swapcontext(&scheduler, &fibers[current]->context);
@@ -196,7 +198,10 @@ void emulation_forget_memory() { emulation::allowed.clear(); }
 void emulation_clear_accesses() { emulation::accesses.clear(); }
 std::uint64_t emulation_accesses(std::uint64_t bytes) { return emulation::accesses[bytes]; }
 void emulation_set_multiprocessors(int count) { emulation::multiprocessors = count; }
-void emulation_set_copies_at_once(bool at_once) { emulation::set_copies_at_once(at_once); }
+void emulation_set_other_order(bool other) {
+  emulation::set_copies_at_once(other);
+  emulation::runs_backwards = other;
+}
 
 cudaError_t cudaGetDevice(int* device) {
   *device = 0;

@@ -36,12 +36,13 @@ void check_access(const char* what, const void* address, std::size_t bytes);
 // Of the thread that runs now, under the names kernels know them by.
 extern emulation::Index threadIdx, blockIdx, blockDim, gridDim;
 
-// For Python, through ctypes: the memory that kernels may touch, and how many accesses of a size they made.
+// For Python, through ctypes: the memory that kernels may touch, and how many accesses of a size they made; an order of
+// events in which TMA copies at once and the last thread runs first.
 extern "C" {
 __attribute__((visibility("default"))) void emulation_allow(std::uintptr_t address, std::uint64_t bytes);
 __attribute__((visibility("default"))) void emulation_forget_memory();
 __attribute__((visibility("default"))) void emulation_clear_accesses();
 __attribute__((visibility("default"))) std::uint64_t emulation_accesses(std::uint64_t bytes);
 __attribute__((visibility("default"))) void emulation_set_multiprocessors(int count);
-__attribute__((visibility("default"))) void emulation_set_copies_at_once(bool at_once);
+__attribute__((visibility("default"))) void emulation_set_other_order(bool other);
 }
