@@ -295,7 +295,7 @@ def _key_heads_at_once(q: torch.Tensor, k: torch.Tensor, request: AttentionReque
     """Return of how many key heads to hold copies of q and dq: the fewest whose tiles fill the device."""
     heads = k.shape[-2]
     if request.tables is None or tiles is None:
-        return heads  # type: ignore[no-any-return]
+        return heads
     wanted = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(q.device)
     return next(
         each for each in range(1, heads + 1) if heads % each == 0 and (each == heads or tiles.slots * each >= wanted)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,6 +20,7 @@ from .layout import ChunkLayout
 from .request import AttentionRequest
 
 register_operation(OP, "triton", "cuda")
+Run = TypeVar("Run", bound=Callable[..., Any])
 
 
 def _request(
@@ -48,7 +49,7 @@ def _request(
     )
 
 
-def _with_options(run: Callable[..., Any]) -> Callable[..., Any]:
+def _with_options(run: Run) -> Run:
     """Give a function of *options the signature that these have in `_request`: torch reads the schema off it."""
     tensors = list(inspect.signature(run).parameters.values())[:-1]
     options = inspect.signature(_request).parameters.values()
