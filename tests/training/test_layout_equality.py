@@ -16,7 +16,7 @@ from megatron_qwen.training.overrides import apply_overrides
 from megatron_qwen.training.recipe import Recipe
 
 RELATIVE = 1e-5
-STEPS = 5
+STEPS = 3
 Curves = dict[str, list[float]]
 
 SP = "tp=2 sequence_parallel=true"
@@ -76,7 +76,7 @@ def recipe_of(folder: str, data: str, tokenizer: str, out: str, changes: Sequenc
             "model.seq_length=16",
             f"schedule.steps={STEPS}",
             "schedule.micro_batch_size=1",
-            "schedule.global_batch_size=8",
+            "schedule.global_batch_size=4",
             "schedule.style=constant",
             "schedule.warmup_steps=0",
             "optimizer.lr=3e-4",
