@@ -7,17 +7,20 @@ import pytest
 import torch
 
 from megatron_qwen.benchmark.ops import attention_cases, bars, run
-from megatron_qwen.benchmark.ops.attention_cases import CASES
+from megatron_qwen.benchmark.ops.attention_cases import CASES as DENSE
 from megatron_qwen.benchmark.ops.case import results
 from megatron_qwen.benchmark.ops.check import check_contestants
 from megatron_qwen.benchmark.ops.contestants import PEERS, OpContestant, take_part
 from megatron_qwen.benchmark.ops.odd_sizes import check_odd_sizes
 from megatron_qwen.benchmark.ops.result import OpRow
+from megatron_qwen.benchmark.ops.sparse_cases import CASES as SPARSE
+from megatron_qwen.benchmark.ops.sparse_cases import head_lists, kept_pairs
 from megatron_qwen.benchmark.roofline import Ceiling, Roofline
 from megatron_qwen.benchmark.timing import Summary
 from megatron_qwen.model.presets import find_preset
 
 CPU = torch.device("cpu")
+CASES = DENSE + SPARSE
 BY_NAME = {case.name: case for case in CASES}
 PROMPT = {"tokens": 131, "groups": 2, "queries": 7, "head": 64, "chunk": 48, "local": 16}
 SIZES = {
@@ -26,6 +29,8 @@ SIZES = {
     "causal_prefill": {name: PROMPT[name] for name in ("tokens", "groups", "queries", "head")},
     "paged_decode": {**PROMPT, "tokens": 144, "batch": 1},
     "paged_decode_16": {**PROMPT, "tokens": 48, "batch": 3},
+    "sparse_prefill": PROMPT,
+    "sparse_index": PROMPT,
 }
 RIGHT = {
     "dca_prefill": {"reference", "three_call", "per_head"},
@@ -33,6 +38,8 @@ RIGHT = {
     "causal_prefill": {"reference", "flash"},
     "paged_decode": {"reference", "three_call"},
     "paged_decode_16": {"reference", "three_call"},
+    "sparse_prefill": {"reference"},
+    "sparse_index": {"reference"},
 }
 
 
@@ -118,6 +125,39 @@ def test_sizes_of_the_bars() -> None:
             assert set(bar.tokens) <= set(case.lengths["cuda"])
             assert set(bar.models) <= set(case.models["cuda"])
             assert {peer for names, _ in bar.ahead for peer in names} <= case.peers.keys()
+
+
+def test_a_tenth_of_the_pairs_is_kept() -> None:
+    """Counted one by one, and at the size of the bar, where heads differ."""
+    columns, slashes = head_lists(400, 3)
+    kept = [
+        (row, key)
+        for row in range(400)
+        for key in range(row + 1)
+        if key in columns or any(first <= row - key < last for first, last in slashes)
+    ]
+    assert kept_pairs(400, columns, slashes) == len(kept)
+    assert head_lists(400, 3) != head_lists(400, 2)
+    case = BY_NAME["sparse_prefill"]
+    sizes = case.sizes(find_preset("qwen2.5-7b"), 131_072)
+    share = case.flops(sizes, "forward") / BY_NAME["dca_prefill"].flops(sizes, "forward")
+    assert 0.1 <= share < 0.101
+
+
+@pytest.mark.parametrize(
+    ("sparse", "dense", "index", "found"),
+    [(25.0, 180.0, 0.2, ["pass", "pass"]), (70.0, 180.0, 0.8, ["fail", "fail"]), (30.0, 180.0, 0.2, ["fail", "pass"])],
+)
+def test_bars_of_sparse_prefill(sparse: float, dense: float, index: float, found: list[str]) -> None:
+    """A third of the time of dense attention, 0.7 of its rate (7 times as fast for a tenth), an index of 1%."""
+    times = {"sparse_prefill": (sparse, 0.1), "dca_prefill": (dense, 1.0), "sparse_index": (index, 0.0)}
+    rows = [
+        replace(row("triton", milliseconds), case=case, sizes={"tokens": 131_072}, flops=int(share * 1e14))
+        for case, (milliseconds, share) in times.items()
+    ]
+    wanted = [bar for bar in bars.BARS if bar.name.startswith("A5")]
+    assert [each.status for each in bars.judge(rows, wanted)] == found
+    assert [each.status for each in bars.judge(rows[:1], wanted)] == ["not judged", "not judged"]
 
 
 def row(contestant: str, milliseconds: float, **rest: Any) -> OpRow:

@@ -14,7 +14,7 @@ from megatron_qwen.model.presets import find_preset
 CASES = {case.name: case for case in all_cases()}
 CPU = torch.device("cpu")
 MOE = ("moe_permute", "moe_unpermute")
-DECODE = ("paged_decode", "paged_decode_16")
+DECODE = ("paged_decode", "paged_decode_16", "sparse_index")  # tokens mix
 
 
 def counts(name: str, model: str, tokens: int, direction: str) -> tuple[int, int]:

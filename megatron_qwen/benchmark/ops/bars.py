@@ -29,6 +29,7 @@ class Bar:
         memory: (peers, part): at most this part of the peak memory of each of these peers.
         saved: (peers, part): at most this part of what each of these peers keeps for backward.
         beside: (case, factor): at most `factor` times that case's time at the same model, tokens and direction.
+        rate: (case, part): at least this part of that case's operations per second there.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Bar:
     memory: tuple[tuple[str, ...], float] | None = None
     saved: tuple[tuple[str, ...], float] | None = None
     beside: tuple[str, float] | None = None
+    rate: tuple[str, float] | None = None
 
     def about(self) -> str:
         """Return the bar in words."""
@@ -51,6 +53,7 @@ class Bar:
         asked += [f"<= {self.memory[1]:g} of the memory of {'/'.join(self.memory[0])}"] if self.memory else []
         asked += [f"keeps <= {self.saved[1]:g} of what {'/'.join(self.saved[0])} keeps"] if self.saved else []
         asked += [f"<= {self.beside[1]:g}x the time of {self.beside[0]}"] if self.beside else []
+        asked += [f">= {self.rate[1]:g} of the rate of {self.rate[0]}"] if self.rate else []
         return f"{self.case} {self.direction}: {', '.join(asked)}"
 
 
@@ -181,6 +184,23 @@ BARS = (
         )
         for name, case, factor in (("A4 B=1", "paged_decode", 1.2), ("A4 B=16", "paged_decode_16", 1.0))
     ),
+    Bar(
+        name="A5",
+        case="sparse_prefill",
+        direction="forward",
+        models=_SEVEN,
+        tokens=(131_072,),
+        beside=("dca_prefill", 1 / 3),
+        rate=("dca_prefill", 0.7),
+    ),
+    Bar(
+        name="A5 index",
+        case="sparse_index",
+        direction="forward",
+        models=_SEVEN,
+        tokens=(131_072,),
+        beside=("sparse_prefill", 0.01),
+    ),
     Bar(name="M5", case="moe_mlp", direction="both", models=("57b", "a2.7b"), tokens=_8K, saved=(_EXPERTS, 1.0)),
 )
 
@@ -236,11 +256,16 @@ def _judge_shape(bar: Bar, rows: Sequence[OpRow], model: str, tokens: int) -> li
         found += _judge_memory(bar.memory, "peak_bytes", ours, here)
     if bar.saved:
         found += _judge_memory(bar.saved, "saved_bytes", ours, here)
-    if bar.beside:
-        case, factor = bar.beside
+    for wanted, is_rate in ((bar.beside, False), (bar.rate, True)):
+        if wanted is None:
+            continue
+        case, factor = wanted
         other = _fastest([row for row in rows if row.is_ours and _is_at(row, case, bar.direction, model, tokens)])
         if other is None:
             found.append(("not judged", f"{case} was not timed"))
+        elif is_rate:
+            ratio = ours.flops / ours.median * other.median / other.flops
+            found.append(_verdict(ratio, factor, spread, f"{ratio:.3f} of the rate of {case}"))
         else:
             ratio = ours.median / other.median
             found.append(_verdict(1 / ratio, 1 / factor, spread, f"{ratio:.3f}x the time of {case}"))

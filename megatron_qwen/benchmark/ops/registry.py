@@ -10,21 +10,23 @@ from megatron_qwen.model.config import did_you_mean
 
 _HERE = "megatron_qwen.benchmark.ops"
 
-# family: the module whose CASES belong to it
+# family: the modules whose CASES belong to it
 FAMILIES = {
-    "rope": f"{_HERE}.rope_cases",
-    "norm": f"{_HERE}.norm_cases",
-    "swiglu": f"{_HERE}.swiglu_cases",
-    "loss": f"{_HERE}.loss_cases",
-    "moe": f"{_HERE}.moe_cases",
-    "experts": f"{_HERE}.expert_cases",
-    "attention": f"{_HERE}.attention_cases",
+    "rope": (f"{_HERE}.rope_cases",),
+    "norm": (f"{_HERE}.norm_cases",),
+    "swiglu": (f"{_HERE}.swiglu_cases",),
+    "loss": (f"{_HERE}.loss_cases",),
+    "moe": (f"{_HERE}.moe_cases",),
+    "experts": (f"{_HERE}.expert_cases",),
+    "attention": (f"{_HERE}.attention_cases", f"{_HERE}.sparse_cases"),
 }
 
 
 def all_cases() -> tuple[OpCase, ...]:
     """Return every case, family by family."""
-    return tuple(case for module in FAMILIES.values() for case in importlib.import_module(module).CASES)
+    return tuple(
+        case for modules in FAMILIES.values() for module in modules for case in importlib.import_module(module).CASES
+    )
 
 
 def choose_cases(families: tuple[str, ...] = (), names: tuple[str, ...] = ()) -> tuple[OpCase, ...]:
