@@ -119,10 +119,10 @@ def rope(
     stream: int = 0,
 ) -> None: ...
 
-# Attention, see csrc/bindings/attention.h. Heads: address, strides of batch, rows and heads. The problem: sizes (batch, rows
-# of queries and of keys, heads of queries and of keys, head_dim); chunks (L, cap, inter, alike_from, plain); sequences
-# (addresses of boundaries, bytes of one, positions of the first query and key); tiles (address of the list, slots, first,
-# per chunk); tables (cos, sin, rows); scale; address of logit_scale.
+# Attention, see csrc/bindings/attention.h. Heads: address, strides of batch, rows and heads. The problem: sizes
+# (batch, rows of queries and of keys, heads of queries and of keys, head_dim); chunks (L, cap, inter, alike_from,
+# plain); sequences (addresses of boundaries, bytes of one, positions of the first query and key); tiles (address of
+# the list, slots, first, per chunk); tables (cos, sin, rows); scale; address of logit_scale.
 _Chunks = tuple[int, int, int, int, bool]
 _AttentionTables = tuple[int, int, int]
 _AttentionProblem = tuple[
