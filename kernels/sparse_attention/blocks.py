@@ -42,7 +42,7 @@ def tile_blocks(index: SparseIndex, rows: int, keys: int) -> TileBlocks:
     heads, room = index.heads, slots(index.length, rows, keys)
     starts = index.slashes.new_empty((heads, 2 * room + 1))
     if not len(index.slashes):
-        return TileBlocks(starts[:, :-1].unflatten(1, (2, room)), starts.new_zeros((heads, 2)))
+        return TileBlocks(torch.unflatten(starts[:, :-1], 1, (2, room)), starts.new_zeros((heads, 2)))
     near, far = index.slashes.long().unbind(1)
     behind, nearest = _blocks_so_far(index, near, far, rows, keys)
     before = torch.cat([behind.new_zeros(1), behind])[index.slash_bounds]
@@ -61,7 +61,7 @@ def tile_blocks(index: SparseIndex, rows: int, keys: int) -> TileBlocks:
     starts.scatter_(1, place, x_HC.to(torch.int32))
     whole = is_whole.sum(1)
     counts = torch.stack([whole, is_block.sum(1) - whole], 1).to(torch.int32)
-    return TileBlocks(starts[:, :-1].unflatten(1, (2, room)), counts)
+    return TileBlocks(torch.unflatten(starts[:, :-1], 1, (2, room)), counts)
 
 
 def _blocks_so_far(

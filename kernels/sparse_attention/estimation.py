@@ -89,7 +89,8 @@ def estimate_index(
     for heads, sums in _sums_of_heads(q, k, request, last_rows):
         for kind, forced in enumerate((FORCED_COLUMNS, FORCED_DISTANCES)):
             chosen[kind].append(_largest(sums[kind], counts[kind][heads], forced))
-    return SparseIndex.of_numbers(k.shape[0], *map(torch.cat, chosen), *counts, merge_gap)
+    columns, distances = (torch.cat(each) for each in chosen)
+    return SparseIndex.of_numbers(k.shape[0], columns, distances, counts[0], counts[1], merge_gap)
 
 
 def attention_sums(

@@ -38,8 +38,8 @@ def head_lists(tokens: int, head: int) -> tuple[tuple[int, ...], tuple[tuple[int
         first = choose.randrange(tokens)
         is_slash[first : first + width] = True
     steps = torch.nn.functional.pad(is_slash.int(), (1, 1)).diff()
-    first, last = ((steps == sign).nonzero().flatten().tolist() for sign in (1, -1))
-    return columns, tuple(zip(first, last, strict=True))
+    firsts, lasts = ((steps == sign).nonzero().flatten().tolist() for sign in (1, -1))
+    return columns, tuple(zip(firsts, lasts, strict=True))
 
 
 def kept_pairs(tokens: int, columns: tuple[int, ...], slashes: tuple[tuple[int, int], ...]) -> int:
