@@ -29,6 +29,7 @@ from ..dual_chunk_attention.tile_lists import strides, tiles_of_queries
 from ..dual_chunk_attention.tiles import (
     IS_INTERPRETED,
     constants,
+    is_before_hopper,
     keys_of_segment,
     load_halves,
     load_queries,
@@ -266,14 +267,15 @@ def launch_forward(
 def _blocks(q: torch.Tensor) -> dict[str, Any]:
     """Sizes of tiles and of programs; a bitmap's window is 64 bits, so no more than 64 keys at a time.
 
-    With 64 keys, heads of 128 numbers spill a few registers on sm_90 where there are three segments.
+    More keys at a time spill some registers where there are three segments: heads of 128 numbers with 64 keys on sm_90,
+    of 64 with as many on sm_80, and in fp32 of 64 with 32 on both, of 128 with 32 on sm_80 (with 16 on sm_90).
     """
     is_wide = q.shape[-1] > 64
     if IS_INTERPRETED:
         # So small that short sequences have several.
         return {"BLOCK_QUERIES": 16, "BLOCK_KEYS": 16, "WIDENS": q.dtype == torch.bfloat16, "STAGES": 1}
     if q.dtype == torch.float32:
-        queries, keys, stages = 32 if is_wide else 64, 32, 2
+        queries, keys, stages = (32, 16 if is_before_hopper() else 32, 2) if is_wide else (64, 16, 2)
     else:
-        queries, keys, stages = 128, 32 if is_wide else 64, 3
+        queries, keys, stages = 128, 32 if is_wide or is_before_hopper() else 64, 3
     return {"BLOCK_QUERIES": queries, "BLOCK_KEYS": keys, "num_warps": 8, "WIDENS": False, "STAGES": stages}
