@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_qwen.benchmark.ops import attention_cases, bars, run
+from megatron_qwen.benchmark.ops import attention_cases, attention_definition, bars, run
 from megatron_qwen.benchmark.ops.attention_cases import CASES as DENSE
 from megatron_qwen.benchmark.ops.case import results
 from megatron_qwen.benchmark.ops.check import check_contestants
@@ -99,11 +99,23 @@ def test_long_prompts_are_compared_at_the_edges_of_chunks(monkeypatch: pytest.Mo
     assert not BY_NAME["dca_train"].workload(PROMPT, torch.float32, CPU, 0).compared
 
 
+def test_yardsticks_of_recomputed_logits_are_the_definition_but_for_roundings() -> None:
+    case = BY_NAME["dca_train"]
+    workload = case.workload(PROMPT, torch.float32, CPU, 0)
+    exact = results(case, workload.wide(), case.plain)
+    errors = []
+    for yardstick in case.fp32_yardsticks:
+        for name, result in results(case, workload.wide(), yardstick).items():
+            torch.testing.assert_close(result, exact[name], rtol=1e-12, atol=1e-12)
+        errors.append((results(case, workload, yardstick)["d q"].double() - exact["d q"]).abs().max().item())
+    assert len(set(errors)) > 1, "the order of a head's numbers makes no difference"
+
+
 def test_the_definition_in_pieces_is_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
     case = BY_NAME["dca_train"]
     workload = case.workload(PROMPT, torch.float32, CPU, 0).wide()
     whole = results(case, workload, case.plain)
-    monkeypatch.setattr(attention_cases, "_LOGITS", 14 * 131 * 10)
+    monkeypatch.setattr(attention_definition, "LOGITS", 14 * 131 * 10)
     for name, piece in results(case, workload, case.plain).items():
         torch.testing.assert_close(piece, whole[name], rtol=1e-12, atol=1e-12)
 
@@ -200,7 +212,7 @@ def test_pieces_of_the_definition_add_up_gradients_without_rounding_every_sum(mo
     exact = results(case, workload.wide(), case.plain)
 
     def error(pieces: int) -> float:
-        monkeypatch.setattr(attention_cases, "_LOGITS", 67 * -(-67 // pieces))
+        monkeypatch.setattr(attention_definition, "LOGITS", 67 * -(-67 // pieces))
         found = results(case, workload, case.plain)
         return max((found[name].double() - exact[name]).abs().max().item() for name in ("d k", "d v"))
 

@@ -1,7 +1,6 @@
 """Attention: Dual Chunk Attention and plain causal attention of prompts, its gradient, decoding from a paged cache.
 
-Plain torch is the definition, over a few rows at a time, with fp64 heads and tables where those are asked for. It makes
-all logits of all three rotations and is not timed.
+Plain torch is the definition (`attention_definition.py`) and is not timed.
 
 Shapes: T tokens of one sequence, S of them as rows, G key heads, M query heads for each, H = G M, D head size, B
 sequences and N tokens of a page in decoding. q [T, H, D], k, v [T, G, D]; decoding: q [B, H, D], pages [P, N, G, D].
@@ -10,24 +9,17 @@ sequences and N tokens of a page in decoding. q [T, H, D], k, v [T, G, D]; decod
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend
-from torch.utils.checkpoint import checkpoint
 
 from megatron_qwen import ops
+from megatron_qwen.benchmark.ops import attention_definition as definition
 from megatron_qwen.benchmark.ops import attention_peers as peers
-from megatron_qwen.benchmark.ops.case import Function, OpCase, Sizes, Workload, random_normal
+from megatron_qwen.benchmark.ops.case import OpCase, Sizes, Workload, random_normal
 from megatron_qwen.model.config import QwenConfig
 
-Tables = tuple[torch.Tensor, torch.Tensor]
-PAGE = 16
-"""Tokens of a page."""
-
-_LOGITS = 2**26
-"""Logits the definition holds at once, of one rotation."""
 _LONG = 16_384
 """Tokens above which only rows at the edges of chunks are compared with fp64 where there is no gradient."""
 
@@ -54,7 +46,7 @@ def _fewer_heads(sizes: dict[str, int]) -> dict[str, int]:
     return {**sizes, "groups": max(sizes["groups"] // 4, 1)}
 
 
-def _tables(sizes: Sizes, positions: int, device: torch.device) -> Tables:
+def _tables(sizes: Sizes, positions: int, device: torch.device) -> definition.Tables:
     head = sizes["head"]
     return ops.rope_tables(
         1e6 ** (-torch.arange(0, head, 2, dtype=torch.float64, device=device) / head),
@@ -94,10 +86,10 @@ def _prompt(sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int, *
 def _cache(sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int) -> Workload:
     """Sequences of all tokens, or each shorter than the one before by "ragged"; the pages of each follow each other."""
     batch, tokens, groups, head = (sizes[name] for name in ("batch", "tokens", "groups", "head"))
-    pages = -(-tokens // PAGE)
+    pages = -(-tokens // definition.PAGE)
     lengths = [max(tokens - index * sizes.get("ragged", 0), 0) for index in range(batch)]
     cos, sin = _tables(sizes, 0, device)
-    shape = (batch * pages, PAGE, groups, head)
+    shape = (batch * pages, definition.PAGE, groups, head)
     return Workload(
         leaves={"q": random_normal((batch, groups * sizes["queries"], head), dtype, device, seed)},
         others={
@@ -130,84 +122,6 @@ def _decode_ours(
     del longest  # for peers that must know it on the host
     chunks = ops.ChunkLayout(chunk, local)
     return ops.paged_decode_attention(q, key_pages, value_pages, page_table, lengths, chunks=chunks, tables=(cos, sin))
-
-
-def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor, **rest: Any) -> torch.Tensor:
-    """The definition for rows at these positions, against all keys."""
-    logits_of: Function = _plain_logits
-    if rest:
-        layout = ops.ChunkLayout(rest["chunk"], rest["local"])
-        turn = functools.partial(_turned, tables=(rest["cos"], rest["sin"]))
-        k = turn(k, torch.arange(len(k), device=k.device) % layout.stride)
-        logits_of = functools.partial(_variant_logits, layout=layout, turn=turn)
-    # The gradients of keys from all pieces add up in fp32: in bf16 those sums would be the largest error of all, and
-    # ours may make twice the error that is found here.
-    wide = torch.promote_types(q.dtype, torch.float32)
-    k, v = k.to(wide), v.to(wide)
-    run: Function = functools.partial(_attend_rows, logits_of=logits_of)
-    if torch.is_grad_enabled():
-        run = functools.partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
-    step = max(1, _LOGITS // (q.shape[1] * len(k)))
-    parts = zip(torch.split(q, step), torch.split(rows, step), strict=True)
-    return torch.cat([run(of_q, k, v, of_rows) for of_q, of_rows in parts])
-
-
-def _decode_plain(
-    q: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, page_table: torch.Tensor,
-    lengths: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, chunk: int, local: int, longest: int,
-) -> torch.Tensor:  # fmt: skip
-    """The definition for the last row of every sequence; keys come rotated."""
-    del longest
-    turn = functools.partial(_turned, tables=(cos, sin))
-    logits_of = functools.partial(_variant_logits, layout=ops.ChunkLayout(chunk, local), turn=turn)
-    output = torch.zeros_like(q)
-    for index, length in enumerate(lengths.tolist()):
-        if length:
-            pages = page_table[index, : -(-length // PAGE)].long()
-            keys, values = (each[pages].flatten(0, 1)[:length] for each in (key_pages, value_pages))
-            row = torch.tensor([length - 1], device=q.device)
-            output[index] = _attend_rows(q[index, None], keys, values, row, logits_of=logits_of)[0]
-    return output
-
-
-def _attend_rows(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor, *, logits_of: Callable[..., torch.Tensor]
-) -> torch.Tensor:
-    """Softmax and sum in fp32 (fp64 for fp64), probabilities rounded to the dtype of q; keys, values may be wider."""
-    k, v = k.to(q.dtype), v.to(q.dtype)
-    columns = torch.arange(len(k), device=k.device)
-    logits_HST = logits_of(q, k, rows, columns) * q.shape[-1] ** -0.5
-    probabilities = torch.softmax(logits_HST.masked_fill(columns > rows[:, None], -torch.inf), dim=-1).to(q.dtype)
-    # The query heads of a key head as rows of one product.
-    summed = probabilities.reshape(k.shape[1], -1, len(k)) @ v.transpose(0, 1)
-    return summed.reshape(q.shape[1], len(q), -1).transpose(0, 1)
-
-
-def _plain_logits(q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Products of heads, [H, S, T], wide."""
-    del rows, columns
-    products = q.transpose(0, 1).reshape(k.shape[1], -1, q.shape[-1]) @ k.permute(1, 2, 0)
-    return products.reshape(q.shape[1], len(q), len(k)).to(torch.promote_types(q.dtype, torch.float32))
-
-
-def _variant_logits(
-    q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, *, layout: ops.ChunkLayout,
-    turn: Callable[..., torch.Tensor],
-) -> torch.Tensor:  # fmt: skip
-    """For each key those of the rotation that its chunk asks for."""
-    within = rows % layout.stride
-    back = (rows // layout.stride)[:, None] - columns // layout.stride
-    positions = within, (within + layout.stride).clamp(max=layout.limit), torch.full_like(rows, layout.inter_position)
-    intra, succ, inter = (_plain_logits(turn(q, each), k, rows, columns) for each in positions)
-    return torch.where(back == 0, intra, torch.where(back == 1, succ, inter))
-
-
-def _turned(heads: torch.Tensor, positions: torch.Tensor, *, tables: Tables) -> torch.Tensor:
-    """Heads [S, H, D] rotated at positions [S] in fp32 (fp64 for fp64), rounded once."""
-    wide = torch.promote_types(heads.dtype, torch.float32)
-    cos, sin = (table[positions.long()].unsqueeze(1).to(wide) for table in tables)
-    first, second = heads.to(wide).chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(heads.dtype)
 
 
 def _flops(sizes: Sizes, direction: str) -> int:
@@ -274,7 +188,7 @@ def _prompt_case(name: str, *, is_inference: bool = True, **rest: Any) -> OpCase
         "sizes": _chunked,
         "workload": functools.partial(_prompt, is_inference=is_inference),
         "ours": _ours,
-        "plain": _plain,
+        "plain": definition.plain,
         "bytes_moved": _bytes,
         "flops": _flops,
         "odd_sizes": _ODD,
@@ -299,7 +213,7 @@ def _decode_case(name: str, batch: int) -> OpCase:
         sizes=functools.partial(_decoding, batch=batch),
         workload=_cache,
         ours=_decode_ours,
-        plain=_decode_plain,
+        plain=definition.decode_plain,
         peers={
             "three_call": lambda: peers.three_call_decode(has_fa3=False),
             "three_call_fa3": lambda: peers.three_call_decode(has_fa3=True),
@@ -334,9 +248,7 @@ CASES = (
         peers={"three_call": peers.three_call_training},
         # The gradient of the query of a single token is 0, in plain torch without any error.
         odd_sizes=(_odd(11, 7, 64, 8, 2), *_ODD[1:]),
-        # Backward takes probabilities from the lse, so the roundings of logits come back in them; plain torch's softmax
-        # cancels those. tests/kernels allows as many, for the same reason.
-        fp32_roundings=24.0,
+        fp32_yardsticks=tuple(functools.partial(definition.recomputing, seed=seed) for seed in range(8)),
         most_rounds=lambda sizes: 20,
     ),
     _prompt_case(

@@ -105,7 +105,7 @@ class OpCase:
         is_graphed: on a GPU a CUDA graph of the call is timed, as engines decode; only without a gradient.
         is_compilable: False if plain torch must know numbers of rows on the host: torch.compile does not take part.
         is_plain_timed: False if plain torch is the definition only, with work that nobody would do.
-        fp32_roundings: of the largest number, allowed to fp32 results beside twice plain torch's error.
+        fp32_yardsticks: more functions in plain torch, whose errors are allowed to fp32 gradients as `plain`'s is.
         most_rounds: sizes to a number of rounds above which none are measured: long runs vary less.
         on_cpu: sizes to those that a CPU is given, where a model's own are too large for one.
     """
@@ -134,7 +134,7 @@ class OpCase:
     is_graphed: bool = False
     is_compilable: bool = True
     is_plain_timed: bool = True
-    fp32_roundings: float = 1.0
+    fp32_yardsticks: tuple[Function, ...] = ()
     most_rounds: Callable[[Sizes], int] | None = None
     on_cpu: Callable[[dict[str, int]], dict[str, int]] | None = None
 

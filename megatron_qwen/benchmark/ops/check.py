@@ -64,6 +64,7 @@ def check_contestants(case: OpCase, workload: Workload, contestants: list[OpCont
         contestants: those without a function are passed over.
     """
     plainly = _plainly(case, workload)
+    yardsticks = {"": plainly, **_yardsticks(case, workload)}
     found: dict[str, Results] = {}
     verdicts = {}
     for each in contestants:
@@ -75,11 +76,12 @@ def check_contestants(case: OpCase, workload: Workload, contestants: list[OpCont
         except Exception as error:  # a kernel may fail in any way; that is what the report is to say
             found.pop(each.name, None)
             verdicts[each.name] = Verdict(is_right=False, detail=f"{type(error).__name__}: {error}".strip())
-    seen, largest = _compare_in_pieces(case, workload, {**found, "": plainly})
+    seen, largest = _compare_in_pieces(case, workload, {**found, **yardsticks})
+    allowed = _allowed([seen[name] for name in yardsticks])
     for each in contestants:
         if each.name in found:
             factor = OUR_FACTOR if each.is_ours else PEER_FACTOR
-            verdicts[each.name] = _judge(seen[each.name], seen[""], largest, found[each.name], factor, case)
+            verdicts[each.name] = _judge(seen[each.name], allowed, largest, found[each.name], factor)
     return verdicts
 
 
@@ -95,6 +97,25 @@ def _plainly(case: OpCase, workload: Workload) -> Results:
                 whole[name] = piece.new_full((workload.num_tokens(), *piece.shape[1:]), float("nan"))
             whole[name][begin:end] = piece
     return whole
+
+
+def _yardsticks(case: OpCase, workload: Workload) -> dict[str, Results]:
+    if next(iter(workload.leaves.values())).dtype != torch.float32:
+        return {}
+    return {f"yardstick {i}": results(case, workload, each) for i, each in enumerate(case.fp32_yardsticks)}
+
+
+def _allowed(yardsticks: list[dict[str, _Seen]]) -> dict[str, float]:
+    """The error of plain torch for each result, of a gradient the largest of all yardsticks."""
+    plain, *others = yardsticks
+    return {
+        name: max(_error(each[name]) for each in (plain, *(others if name.startswith("d ") else ()))) for name in plain
+    }
+
+
+def _error(seen: _Seen) -> float:
+    assert seen.worst is not None
+    return seen.worst.error
 
 
 def _results_of(case: OpCase, workload: Workload, contestant: OpContestant) -> Results:
@@ -161,17 +182,12 @@ def _pieces(workload: Workload) -> Iterator[tuple[int, int]]:
 
 
 def _judge(
-    mine: Mapping[str, _Seen], plain: Mapping[str, _Seen], largest: Mapping[str, float], found: Results, factor: float,
-    case: OpCase,
-) -> Verdict:  # fmt: skip
+    mine: Mapping[str, _Seen], allowed: Mapping[str, float], largest: Mapping[str, float], found: Results, factor: float
+) -> Verdict:
     worst, worst_name, worst_share = None, "", -1.0
     for name, seen in mine.items():
-        simple = plain[name].worst
         assert seen.worst is not None
-        assert simple is not None
-        dtype = found[name].dtype
-        roundings = case.fp32_roundings if dtype == torch.float32 else 1.0
-        bound = fp64_bound(simple.error, largest[name], dtype, factor=factor, roundings=roundings)
+        bound = fp64_bound(allowed[name], largest[name], found[name].dtype, factor=factor)
         judged = replace(seen.worst, bound=bound)
         share = float("inf") if judged.mismatched else judged.error / bound if bound else float(judged.error > 0)
         if share > worst_share:

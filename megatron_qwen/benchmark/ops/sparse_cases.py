@@ -18,6 +18,7 @@ import torch
 
 from megatron_qwen import ops
 from megatron_qwen.benchmark.ops import attention_cases as attention
+from megatron_qwen.benchmark.ops import attention_definition as definition
 from megatron_qwen.benchmark.ops.case import OpCase, Sizes, Workload
 
 KEPT = 0.1
@@ -85,18 +86,18 @@ def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor
     """The definition for rows at these positions, against all keys."""
     index = ops.SparseIndex(len(k), *(rest[name] for name in _LISTS))
     layout = ops.ChunkLayout(rest["chunk"], rest["local"])
-    turn = functools.partial(attention._turned, tables=(rest["cos"], rest["sin"]))
+    turn = functools.partial(definition.turned, tables=(rest["cos"], rest["sin"]))
     k = turn(k, torch.arange(len(k), device=k.device) % layout.stride)
 
     def logits_of(q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         kept_HST = torch.stack([index.kept(head, rows, columns) for head in range(index.heads)])
-        return attention._variant_logits(q, k, rows, columns, layout=layout, turn=turn).masked_fill(
+        return definition.variant_logits(q, k, rows, columns, layout=layout, turn=turn).masked_fill(
             ~kept_HST, -torch.inf
         )
 
-    step = max(1, attention._LOGITS // (q.shape[1] * len(k)))
+    step = max(1, definition.LOGITS // (q.shape[1] * len(k)))
     parts = zip(torch.split(q, step), torch.split(rows.long(), step), strict=True)
-    return torch.cat([attention._attend_rows(each, k, v, at, logits_of=logits_of) for each, at in parts])
+    return torch.cat([definition.attend_rows(each, k, v, at, logits_of=logits_of) for each, at in parts])
 
 
 def _flops(sizes: Sizes, direction: str) -> int:
