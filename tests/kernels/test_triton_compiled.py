@@ -25,8 +25,8 @@ SOME = {
     80: ("swiglu 7b bf16", "add_rms_norm 0.5b bf16", "qkv_rope packed 3b bf16"),
 }
 KERNELS = Path(__file__).parents[2] / "kernels"
-# Compiled by test_moe_triton_compiled.py and test_dual_chunk_compiled.py.
-ELSEWHERE = ("dual_chunk_attention", "grouped_mlp", "moe_permute", "moe_routing")
+# Compiled by test_moe_triton_compiled.py, test_dual_chunk_compiled.py and test_sparse_compiled.py.
+ELSEWHERE = ("dual_chunk_attention", "grouped_mlp", "moe_permute", "moe_routing", "sparse_attention")
 
 
 @dataclass(frozen=True, kw_only=True)
