@@ -27,7 +27,7 @@ struct RowStep {
 
 // Calls visit(RowStep) for all rows that meet a tile, in one order for those who copy and those who multiply.
 template <typename Visit>
-__device__ __forceinline__ void for_row_steps(const BackwardPass& pass, const BackwardTile& tile, int head_k,
+__device__ __forceinline__ void for_row_steps(const BackwardPass& pass, const AttentionTile& tile, int head_k,
                                               Visit&& visit) {
   const AttentionProblem& problem = pass.problem;
   const int group = static_cast<int>(problem.sizes.heads_q / problem.sizes.heads_k);
@@ -44,7 +44,7 @@ __device__ __forceinline__ void for_row_steps(const BackwardPass& pass, const Ba
 
 // By a warp: what a step's rows add to or multiply logits by; 0 for rows that are none.
 template <typename Shared>
-__device__ __forceinline__ void copy_terms(const BackwardPass& pass, const BackwardTile& tile, const RowStep& step,
+__device__ __forceinline__ void copy_terms(const BackwardPass& pass, const AttentionTile& tile, const RowStep& step,
                                            int row, const Shared& shared, int stage) {
   const AttentionSizes& sizes = pass.problem.sizes;
   const std::int64_t first = (tile.batch * sizes.heads_q + step.head) * sizes.rows_q + row;
@@ -60,7 +60,7 @@ __device__ __forceinline__ void copy_terms(const BackwardPass& pass, const Backw
 
 // By the first warp.
 template <int kHead>
-__device__ __forceinline__ void copy_for_keys(const BackwardPass& pass, const BackwardTile& tile, int head_k,
+__device__ __forceinline__ void copy_for_keys(const BackwardPass& pass, const AttentionTile& tile, int head_k,
                                               const KeysShared<kHead>& shared) {
   if (threadIdx.x == 0) {
     const int row = tile.first_key + tile.begin - tile.key_start;
@@ -106,7 +106,7 @@ __device__ __forceinline__ void mask_rows_before_keys(float (&product)[kStepAccu
 }
 
 template <typename T, int kHead>
-__device__ __forceinline__ void store_keys(const BackwardPass& pass, const BackwardTile& tile, int head_k, void* out,
+__device__ __forceinline__ void store_keys(const BackwardPass& pass, const AttentionTile& tile, int head_k, void* out,
                                            const float (&rows)[kHeadAccumulators<kHead>]) {
   const AttentionSizes& sizes = pass.problem.sizes;
   const int key = tile.begin + first_row_of_thread();
@@ -117,7 +117,7 @@ __device__ __forceinline__ void store_keys(const BackwardPass& pass, const Backw
 }
 
 template <typename T, int kHead>
-__device__ __forceinline__ void finish_keys(const BackwardPass& pass, const BackwardTile& tile, int head_k,
+__device__ __forceinline__ void finish_keys(const BackwardPass& pass, const AttentionTile& tile, int head_k,
                                             float (&dk)[kHeadAccumulators<kHead>],
                                             const float (&dv)[kHeadAccumulators<kHead>]) {
   store_keys<T, kHead>(pass, tile, head_k, pass.second_out, dv);
@@ -132,7 +132,7 @@ __device__ __forceinline__ void finish_keys(const BackwardPass& pass, const Back
 }
 
 template <typename T, int kHead>
-__device__ __forceinline__ void multiply_for_keys(const BackwardPass& pass, const BackwardTile& tile, int head_k,
+__device__ __forceinline__ void multiply_for_keys(const BackwardPass& pass, const AttentionTile& tile, int head_k,
                                                   const KeysShared<kHead>& shared) {
   const int half = static_cast<int>(threadIdx.x) / 128 - 1;
   const bool releases = threadIdx.x % 32 == 0, has_scales = pass.problem.logit_scale != nullptr;
@@ -197,7 +197,7 @@ __global__ __launch_bounds__(kGemmThreads,
 #if MEGATRON_QWEN_SM90
   const int heads_k = static_cast<int>(pass.problem.sizes.heads_k);
   const int slot = static_cast<int>(blockIdx.x) / heads_k, head_k = static_cast<int>(blockIdx.x) - slot * heads_k;
-  BackwardTile tile;
+  AttentionTile tile;
   if (!find_tile(pass.problem, slot, true, tile)) return;
   const KeysShared<kHead> shared;
   if (threadIdx.x < kCopyThreads) {

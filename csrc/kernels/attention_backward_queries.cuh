@@ -18,7 +18,7 @@ constexpr int kGradTile = 3;
 
 // By the first warp.
 template <int kHead>
-__device__ __forceinline__ void copy_for_queries(const BackwardPass& pass, const BackwardTile& tile, int head,
+__device__ __forceinline__ void copy_for_queries(const BackwardPass& pass, const AttentionTile& tile, int head,
                                                  const QueriesShared<kHead>& shared) {
   const AttentionSizes& sizes = pass.problem.sizes;
   const int first_segment = pass.problem.chunks.is_plain ? kOwnChunk : kOlderChunks;
@@ -51,7 +51,7 @@ struct RowTerms {
   float exponent[2], delta[2], factor[2], logit_scale[2];
 };
 
-__device__ __forceinline__ RowTerms row_terms(const BackwardPass& pass, const BackwardTile& tile, int head) {
+__device__ __forceinline__ RowTerms row_terms(const BackwardPass& pass, const AttentionTile& tile, int head) {
   const AttentionSizes& sizes = pass.problem.sizes;
   RowTerms terms;
 #pragma unroll
@@ -83,7 +83,7 @@ __device__ __forceinline__ void mask_keys_behind(float (&product)[kStepAccumulat
 // Turns the sum on from the angles of segment `from` to those of `to`: by conj(a) / conj(b), so that conj(b) in the end
 // amounts to conj(a), also of tables with a factor in them.
 template <int kHead>
-__device__ __forceinline__ void turn_on(const BackwardPass& pass, const BackwardTile& tile, const RowTerms& terms,
+__device__ __forceinline__ void turn_on(const BackwardPass& pass, const AttentionTile& tile, const RowTerms& terms,
                                         int from, int to, float (&dq)[kHeadAccumulators<kHead>]) {
   const AttentionTables& tables = pass.problem.tables;
   turn_back<kHead>(dq, [&](int h, int column) {
@@ -102,7 +102,7 @@ __device__ __forceinline__ void turn_on(const BackwardPass& pass, const Backward
 }
 
 template <typename T, int kHead>
-__device__ __forceinline__ void store_queries(const BackwardPass& pass, const BackwardTile& tile, int head,
+__device__ __forceinline__ void store_queries(const BackwardPass& pass, const AttentionTile& tile, int head,
                                               const RowTerms& terms, const float (&dq)[kHeadAccumulators<kHead>]) {
   const AttentionSizes& sizes = pass.problem.sizes;
   const std::int64_t row = tile.batch * sizes.rows_q + tile.first_query + terms.position[0] - tile.query_start;
@@ -185,7 +185,7 @@ __device__ __forceinline__ void add_segment(const QueriesShared<kHead>& shared, 
 }
 
 template <typename T, int kHead>
-__device__ __forceinline__ void multiply_for_queries(const BackwardPass& pass, const BackwardTile& tile, int head,
+__device__ __forceinline__ void multiply_for_queries(const BackwardPass& pass, const AttentionTile& tile, int head,
                                                      const QueriesShared<kHead>& shared) {
   const RowTerms terms = row_terms(pass, tile, head);
   float dq[kHeadAccumulators<kHead>] = {};
@@ -217,7 +217,7 @@ __global__ __launch_bounds__(kGemmThreads,
 #if MEGATRON_QWEN_SM90
   const int heads = static_cast<int>(pass.problem.sizes.heads_q);
   const int slot = static_cast<int>(blockIdx.x) / heads, head = static_cast<int>(blockIdx.x) - slot * heads;
-  BackwardTile tile;
+  AttentionTile tile;
   if (!find_tile(pass.problem, slot, false, tile)) return;
   const QueriesShared<kHead> shared;
   if (threadIdx.x < kCopyThreads) {

@@ -6,7 +6,7 @@
 // step with fewer than 64 rows is copied by cp.async with zeros behind them, all others by TMA.
 #pragma once
 
-#include "attention_backward_tiles.cuh"
+#include "attention_tiles.cuh"
 #include "head_tile.cuh"
 #include "stages.cuh"
 

@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "attention_backward_tiles.cuh"
+#include "attention_tiles.cuh"
 #include "megatron_qwen/attention_backward.h"
 #include "vector.cuh"
 

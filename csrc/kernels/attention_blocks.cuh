@@ -1,11 +1,11 @@
 // The work of the forward pass: tiles of queries dealt out to blocks, and the blocks of keys that a tile meets.
 #pragma once
 
-#include "attention_backward_tiles.cuh"
+#include "attention_tiles.cuh"
 
 namespace megatron_qwen {
 
-struct QueryTile : BackwardTile {
+struct QueryTile : AttentionTile {
   int head;
 };
 

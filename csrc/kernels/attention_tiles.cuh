@@ -1,4 +1,4 @@
-// Which rows and keys a block of the gradient's passes works on: as in kernels/dual_chunk_attention/tiles.py.
+// Which rows and keys a block works on: as in kernels/dual_chunk_attention/tiles.py.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -26,7 +26,7 @@ struct Range {
 };
 
 // A sequence and a tile of it. Rows are counted from the tensor's first, positions from the sequence's.
-struct BackwardTile {
+struct AttentionTile {
   int batch;
   int first_query, queries, query_start;  // row, count and position of the first
   int first_key, keys, key_start;
@@ -59,7 +59,8 @@ __device__ __forceinline__ int boundary(const void* boundaries, std::int64_t byt
 }
 
 // The tile of a slot, of keys if `of_keys`; false if it has none.
-__device__ __forceinline__ bool find_tile(const AttentionProblem& problem, int slot, bool of_keys, BackwardTile& tile) {
+__device__ __forceinline__ bool find_tile(const AttentionProblem& problem, int slot, bool of_keys,
+                                          AttentionTile& tile) {
   const AttentionSequences& sequences = problem.sequences;
   int number = 0;
   if (problem.tiles.list != nullptr) {
