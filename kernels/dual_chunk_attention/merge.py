@@ -42,9 +42,3 @@ def merge_attention(outputs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor
     for output, weight in zip(outputs, weights, strict=True):
         total.addcmul_(output.to(lse.dtype), weight)
     return total.to(outputs[0].dtype), lse
-
-
-def part_weight(part: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-    """Return exp(part - lse) of [..., H, S] as [..., S, H, 1]; 0 where the part has no keys."""
-    weight = torch.where(part == -torch.inf, 0.0, (part - lse).exp())
-    return weight.transpose(-1, -2).unsqueeze(-1)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from ..dual_chunk_attention import pieces
-from ..dual_chunk_attention.merge import part_weight
+from ..dual_chunk_attention.merge import merge_attention
 from ..dual_chunk_attention.request import AttentionRequest, Sequences
 from ..dual_chunk_attention.rotation import Rotation
 from ..dual_chunk_attention.segments import Run, runs
@@ -143,16 +143,14 @@ def _attend_tile(
 def _merged(
     queries: dict[int, torch.Tensor], parts: list[tuple[torch.Tensor, torch.Tensor]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output [R, D] and lse [R] over all parts, wide; 0 and -inf without any."""
-    like = next(iter(queries.values()))
-    wide = torch.promote_types(like.dtype, torch.float32)
+    """Output [R, D] and lse [R] over all parts; 0 and -inf without any."""
     if not parts:
+        like = next(iter(queries.values()))
+        wide = torch.promote_types(like.dtype, torch.float32)
         return like.new_zeros(like.shape), like.new_full(like.shape[:1], -torch.inf, dtype=wide)
-    lse = torch.stack([of_part for _, of_part in parts]).logsumexp(0)
-    total = torch.zeros(like.shape, dtype=wide, device=like.device)
-    for output, of_part in parts:
-        total.addcmul_(output.to(wide), part_weight(of_part.unsqueeze(0), lse.unsqueeze(0)).squeeze(1))
-    return total, lse
+    outputs, lses = zip(*parts, strict=True)
+    output, lse = merge_attention([each.unsqueeze(1) for each in outputs], [each.unsqueeze(0) for each in lses])
+    return output[:, 0], lse[0]
 
 
 def _attend_all(
@@ -166,10 +164,10 @@ def _attend_all(
 def _attend_kept(
     q_RD: torch.Tensor, k_CD: torch.Tensor, v_CD: torch.Tensor, scale: float, kept_RC: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention to the keys a row keeps; 0 and -inf for a row that keeps none. The output is wide."""
+    """Attention to the keys a row keeps; 0 and -inf for a row that keeps none."""
     wide = torch.promote_types(q_RD.dtype, torch.float32)
     # Products of bf16 would be rounded to bf16: of a trained head's logits, of 100 and more, by halves.
     logits = (q_RD.to(wide) @ k_CD.to(wide).t() * scale).masked_fill(~kept_RC, -torch.inf)
     lse = logits.logsumexp(-1)
-    probabilities = (logits - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)).exp()
-    return (probabilities.to(q_RD.dtype) @ v_CD).to(wide), lse
+    probabilities = logits.softmax(-1).masked_fill(lse.unsqueeze(-1) == -torch.inf, 0.0)
+    return probabilities.to(q_RD.dtype) @ v_CD, lse

@@ -155,6 +155,17 @@ def test_keys_as_a_cache_holds_them_and_any_strides(chunks: ops.ChunkLayout | No
         torch.testing.assert_close(of_rows, lse)
 
 
+def test_weights_of_all_parts_add_up_to_one() -> None:
+    """Whatever the roundings of their lse, of 100 here: exp(lse_part - lse) made values of 1 wrong by 63 roundings."""
+    rows, length = 70, 133
+    q, k, v = checks.inputs(rows, length, torch.float32)
+    given = checks.options(LAYOUTS[0], rows, length, torch.float32)
+    index = checks.index_of(checks.random_lists(length, 2), length)
+    output, lse = ops.sparse_prefill_attention(8 * q, k, torch.ones_like(v), index, **given)
+    assert lse.max() > 100
+    assert (output[lse.t() != -torch.inf] - 1).abs().max() < 8 * 2**-24
+
+
 def test_logits_of_hundreds_are_not_rounded_to_the_dtype() -> None:
     """Trained heads have them: with products of bf16 the log-sum-exp was off by 1.2, and recall by as much."""
     drawn = torch.Generator().manual_seed(0)
