@@ -154,10 +154,11 @@ def _add_rows(
             queries_RHD = _turned(q_RHD[of_group], positions, request, start + of_group.start)
             queries = queries_RHD.transpose(0, 1).reshape(len(keys_GKD), -1, q_RHD.shape[2])
             products = queries @ keys_GKD[:, keys].transpose(1, 2)
-            logits_HRK[:, of_group, keys] = products.view(heads, -1, products.shape[-1]).to(sums_2HK.dtype)
+            logits = products.view(heads, -1, products.shape[-1]).to(sums_2HK.dtype)
+            logits_HRK[:, of_group, keys] = logits.mul_(request.scale)
     row = torch.arange(rows, device=q_RHD.device)
     logits_HRK[:, :, first:].masked_fill_(row > row[:, None], -torch.inf)
-    padded_HRW = padded_HRW.mul_(request.scale).softmax(-1)
+    padded_HRW = padded_HRW.softmax(-1)
     sums_2HK[0, :, :last] += padded_HRW[:, :, rows - 1 :].sum(1)
     # Row r has distance d in column last - 1 - d + r: one number and one row on is the next of the diagonal.
     diagonals_HRK = padded_HRW.as_strided((heads, rows, last), (rows * width, width + 1, 1))

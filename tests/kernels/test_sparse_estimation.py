@@ -64,6 +64,17 @@ def test_sums_are_those_of_the_last_rows_at_unclamped_positions(
     assert_relative(torch.stack([each for _, each in sums]), distances, 1e-12)
 
 
+def test_a_negative_scale_is_that_of_turned_queries() -> None:
+    """Columns and distances that a row lacks have no weight, whatever the sign."""
+    q, k, v = checks.inputs(9, 50, torch.float64)
+    given = checks.options(CHUNKS, 9, 50, torch.float64)
+    found = []
+    for heads, scale in ((q, -0.3), (-q, 0.3)):
+        request = checked_sequence(heads, k, v, keys_rotated=False, softmax_scale=scale, **given)
+        found.append(torch.stack([torch.stack(each) for each in attention_sums(heads, k, request)]))
+    assert_relative(*found, 1e-14)
+
+
 def flat(slashes: torch.Tensor) -> list[int]:
     return [distance for first, last in slashes.tolist() for distance in range(first, last)]
 
